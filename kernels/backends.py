@@ -1,0 +1,58 @@
+"""Which implementation takes a call: an explicit rule, never a try/except around a kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+@cache
+def triton_installed() -> bool:
+    """Whether Triton can be imported (it is not loaded to find out)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether ``TRITON_INTERPRET=1`` makes Triton kernels run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """``"torch"`` or ``"triton"`` for a call on ``device``.
+
+    ``"auto"`` takes Triton on CUDA (and on CPU tensors under ``TRITON_INTERPRET=1``) for the dtypes it has,
+    else PyTorch. An explicit ``"triton"`` that cannot be served is a ValueError, never a silent detour.
+    """
+    if requested not in BACKENDS:
+        raise ValueError(f"backend: got {requested!r}, expected one of {', '.join(BACKENDS)}")
+    if requested == "torch":
+        return "torch"
+    if not triton_installed():
+        reason = "Triton is not installed"
+    elif device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        reason = f"the tensors are on {device} and TRITON_INTERPRET=1 is not set"
+    elif dtype == torch.float64:
+        reason = "float64 has no Triton path"
+    else:
+        return "triton"
+    if requested == "triton":
+        raise ValueError(f"backend: got 'triton', but {reason}; use 'torch' or 'auto'")
+    return "torch"
+
+
+def linear_logprobs_module(hidden: Tensor, backend: str) -> ModuleType:
+    """The module whose ``forward`` and ``backward`` compute token log-probs for ``hidden``."""
+    if choose_backend(backend, hidden.device, hidden.dtype) == "triton":
+        from . import linear_logprobs_triton
+
+        return linear_logprobs_triton
+    from . import linear_logprobs_torch
+
+    return linear_logprobs_torch

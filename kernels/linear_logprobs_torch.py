@@ -1,0 +1,267 @@
+"""Token log-probabilities from hidden states and the LM head, in PyTorch, one tile of logits at a time.
+
+    u = W h + b            z = transform(u)            log p_y = z_y − log Σ_v exp(z_v)
+    d log p_y / dz_v = 1[v = y] − p_v                  p_v = exp(z_v − lse)
+
+Shapes: hidden (N, H), weight (V, H), bias (V,), labels (n,) for the n ≤ N rows that carry a label. Logits exist
+as tiles of at most ``chunking.plan_tile`` elements, in float32 (float64 for float64 inputs). Each tile is
+computed once in the forward and once more in the exact backward, which then adds its two products:
+dH += dz·W_tile and dW += dzᵀ·H_tile. That is 1 + 3 products of N×V×H.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chunking import plan_tile, spans
+from .logit_transform import LogitTransform
+from .precision import TORCH_DTYPES, accumulation_dtype, full_precision
+
+
+class ForwardResult(NamedTuple):
+    """What the forward leaves for every kept row; the last three are None unless statistics were asked for."""
+
+    logps: Tensor  # (n,) z_label − lse, ≤ 0, nats
+    lse: Tensor  # (n,) log Σ_v exp(z_v)
+    entropy: Tensor | None  # (n,) of the softmax, nats
+    top1: Tensor | None  # (n,) bool: the label is the argmax (of equal logits the lowest id)
+    logit_mean: Tensor | None  # (n,) mean of z over the vocabulary
+
+
+def linear_logprobs_reference(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (...)
+    bias: Tensor | None = None,  # (V,)
+    transform: LogitTransform = LogitTransform(),
+    ignore_index: int = -100,
+) -> Tensor:  # (...)
+    """The definition, with all logits at once and autograd: what every implementation is compared with."""
+    raw = torch.nn.functional.linear(hidden, weight, bias) * transform.logit_scale
+    if transform.softcap is not None:
+        raw = transform.softcap * torch.tanh(raw / transform.softcap)
+    logps = torch.log_softmax(raw / transform.temperature, dim=-1)
+    kept = labels != ignore_index
+    index = torch.where(kept, labels, 0).unsqueeze(-1)
+    return torch.where(kept, logps.gather(-1, index).squeeze(-1), 0.0)
+
+
+def supported(hidden: Tensor, weight: Tensor) -> str | None:
+    """None if this backend can take the call, else the reason why not."""
+    if hidden.dtype not in TORCH_DTYPES:
+        return f"dtype {hidden.dtype} is not one of {[str(d) for d in TORCH_DTYPES]}"
+    return None
+
+
+def forward(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (n,) int64 in [0, V)
+    rows: Tensor | None,  # (n,) int64 into hidden, or None: all of them
+    transform: LogitTransform,
+    want_stats: bool,
+) -> ForwardResult:
+    """Log-prob and lse of every kept row; slices of the vocabulary outside, blocks of rows inside."""
+    dtype = accumulation_dtype(hidden.dtype)
+    n, (vocab, width) = labels.numel(), weight.shape
+    tile = plan_tile(n, vocab, width, hidden.device, dtype)
+    # The running maximum starts finite so that 0·(m − m') below is 0 and not NaN.
+    peak = hidden.new_full((n,), torch.finfo(dtype).min, dtype=dtype)
+    total = hidden.new_zeros(n, dtype=dtype)  # Σ exp(z − peak)
+    label_logit = hidden.new_zeros(n, dtype=dtype)
+    moment = torch.zeros_like(total) if want_stats else None  # Σ exp(z − peak)·(z − peak)
+    argmax = torch.zeros_like(labels) if want_stats else None
+    # Without a softcap the mean logit is factor·(h·mean(W) + mean(b)): no sum over the logits is needed.
+    mean_is_linear = transform.softcap is None
+    weight_sum = hidden.new_zeros(width, dtype=dtype) if want_stats and mean_is_linear else None
+    logit_sum = torch.zeros_like(total) if want_stats and not mean_is_linear else None
+
+    with full_precision(hidden.device):
+        for v in spans(vocab, tile.cols):
+            w, b = _vocabulary_slice(weight, bias, v, dtype)
+            if weight_sum is not None:
+                weight_sum += w.sum(dim=0)
+            for r in spans(n, tile.rows):
+                z = _logit_tile(_row_block(hidden, rows, r, dtype), w, b, transform)
+                _pick_labels(z, labels[r], v.start, label_logit[r])
+                if logit_sum is not None:
+                    logit_sum[r] += z.sum(dim=1)
+                if argmax is None:
+                    tile_peak = z.amax(dim=1)
+                else:
+                    tile_peak, tile_argmax = z.max(dim=1)
+                    # Strictly larger: of equal logits the lowest id, seen first, stays.
+                    newer = tile_peak > peak[r]
+                    argmax[r] = torch.where(newer, tile_argmax + v.start, argmax[r])
+                old_peak = peak[r]
+                new_peak = torch.maximum(old_peak, tile_peak)
+                shifted = z.sub_(new_peak.unsqueeze(1))
+                decay = torch.exp(old_peak - new_peak)
+                if moment is None:
+                    weights = shifted.exp_()
+                else:
+                    # exp(−1000) is 0 in every dtype; the bound keeps 0·(−inf) of a −inf bias out of the sum.
+                    weights = shifted.clamp_(min=-1000.0).exp()
+                    carried = moment[r] + total[r] * (old_peak - new_peak)
+                    moment[r] = decay * carried + _row_dot(weights, shifted)
+                total[r] = decay * total[r] + weights.sum(dim=1)
+                peak[r] = new_peak
+        if weight_sum is not None:
+            logit_sum = torch.cat(
+                [_row_block(hidden, rows, r, dtype) @ weight_sum for r in spans(n, tile.rows)]
+                or [total]
+            )
+            if bias is not None:
+                logit_sum += bias.sum(dtype=dtype)
+            logit_sum *= transform.linear_factor
+
+    log_total = torch.log(total)  # total ≥ 1 because the largest logit contributes exp(0)
+    return ForwardResult(
+        logps=(label_logit - peak) - log_total,
+        lse=peak + log_total,
+        entropy=None if moment is None else (log_total - moment / total).clamp_(min=0.0),
+        top1=None if argmax is None else argmax == labels,
+        logit_mean=None if logit_sum is None else logit_sum / vocab,
+    )
+
+
+def backward(
+    grad: Tensor,  # (n,) d loss / d log-prob of each kept row
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (n,)
+    rows: Tensor | None,  # (n,)
+    lse: Tensor,  # (n,)
+    transform: LogitTransform,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Exact gradients (N, H), (V, H), (V,) in the dtypes of the inputs; a product not needed is not made.
+
+    Of n and V the larger is walked outside. The gradient that belongs to it is then finished span by span and
+    written once in its final dtype, and only the other, min(n, V)·H, lives in a wide accumulator throughout.
+    """
+    dtype = accumulation_dtype(hidden.dtype)
+    n, (vocab, width) = labels.numel(), weight.shape
+    tile = plan_tile(n, vocab, width, hidden.device, dtype)
+    grad = grad.to(dtype)
+    d_hidden = _zeros(hidden.shape, hidden.dtype, hidden.device) if need_hidden else None
+    d_weight = _zeros(weight.shape, weight.dtype, weight.device) if need_weight else None
+    d_bias = _zeros((vocab,), dtype, weight.device) if need_bias else None
+
+    def add_tile(
+        r: slice,
+        v: slice,
+        h: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        dh: Tensor | None,
+        dw: Tensor | None,
+    ) -> None:
+        z = _logit_tile(h, w, b, transform)
+        slope = transform.derivative(z)
+        dz = z.sub_(lse[r].unsqueeze(1)).exp_().mul_(grad[r].neg().unsqueeze(1))
+        _add_at_labels(dz, labels[r], v.start, grad[r])
+        if isinstance(slope, Tensor) or slope != 1.0:
+            dz.mul_(slope)
+        if dh is not None:
+            dh.addmm_(dz, w)
+        if dw is not None:
+            dw.addmm_(dz.t(), h)
+        if d_bias is not None:
+            d_bias[v] += dz.sum(dim=0)
+
+    with full_precision(hidden.device):
+        if n <= vocab:
+            dh_all = None
+            if d_hidden is not None:
+                direct = rows is None and d_hidden.dtype == dtype
+                dh_all = d_hidden if direct else _zeros((n, width), dtype, hidden.device)
+            for v in spans(vocab, tile.cols):
+                w, b = _vocabulary_slice(weight, bias, v, dtype)
+                dw = None if d_weight is None else _accumulator(d_weight[v], dtype)
+                for r in spans(n, tile.rows):
+                    h = _row_block(hidden, rows, r, dtype)
+                    add_tile(r, v, h, w, b, None if dh_all is None else dh_all[r], dw)
+                if d_weight is not None and dw is not None and dw.dtype != d_weight.dtype:
+                    d_weight[v] = dw.to(d_weight.dtype)
+            if d_hidden is not None and dh_all is not None and dh_all is not d_hidden:
+                _write_rows(d_hidden, rows, slice(0, n), dh_all)
+        else:
+            dw_all = None if d_weight is None else _accumulator(d_weight, dtype)
+            for r in spans(n, tile.rows):
+                h = _row_block(hidden, rows, r, dtype)
+                dh = (
+                    None
+                    if d_hidden is None
+                    else _zeros((r.stop - r.start, width), dtype, hidden.device)
+                )
+                for v in spans(vocab, tile.cols):
+                    w, b = _vocabulary_slice(weight, bias, v, dtype)
+                    add_tile(r, v, h, w, b, dh, None if dw_all is None else dw_all[v])
+                if d_hidden is not None and dh is not None:
+                    _write_rows(d_hidden, rows, r, dh)
+            if d_weight is not None and dw_all is not None and dw_all is not d_weight:
+                d_weight.copy_(dw_all)
+
+    return d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype)
+
+
+def _logit_tile(h: Tensor, w: Tensor, b: Tensor | None, transform: LogitTransform) -> Tensor:
+    raw = h @ w.t() if b is None else torch.addmm(b, h, w.t())
+    return transform.apply_(raw)
+
+
+def _vocabulary_slice(
+    weight: Tensor, bias: Tensor | None, v: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    return weight[v].to(dtype), None if bias is None else bias[v].to(dtype)
+
+
+def _row_block(hidden: Tensor, rows: Tensor | None, r: slice, dtype: torch.dtype) -> Tensor:
+    return (hidden[r] if rows is None else hidden[rows[r]]).to(dtype)
+
+
+def _write_rows(target: Tensor, rows: Tensor | None, r: slice, values: Tensor) -> None:
+    if rows is None:
+        target[r] = values.to(target.dtype)
+    else:
+        target.index_copy_(0, rows[r], values.to(target.dtype))
+
+
+def _accumulator(target: Tensor, dtype: torch.dtype) -> Tensor:
+    """``target`` itself where it is wide enough to add into, else zeros of its shape that are."""
+    return target if target.dtype == dtype else torch.zeros_like(target, dtype=dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _labels_in_tile(labels: Tensor, v0: int, cols: int) -> tuple[Tensor, Tensor]:
+    """Each row's column of this tile, clamped into it, and whether its label lies there at all."""
+    column = labels - v0
+    inside = (column >= 0) & (column < cols)
+    return column.clamp_(0, cols - 1).unsqueeze(1), inside.unsqueeze(1)
+
+
+def _pick_labels(z: Tensor, labels: Tensor, v0: int, label_logit: Tensor) -> None:
+    column, inside = _labels_in_tile(labels, v0, z.shape[1])
+    picked = torch.where(inside, z.gather(1, column), label_logit.unsqueeze(1))
+    label_logit.copy_(picked.squeeze(1))
+
+
+def _add_at_labels(dz: Tensor, labels: Tensor, v0: int, grad: Tensor) -> None:
+    column, inside = _labels_in_tile(labels, v0, dz.shape[1])
+    dz.scatter_add_(1, column, torch.where(inside, grad.unsqueeze(1), 0.0))
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_v a_iv·b_iv without a temporary of their size."""
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)

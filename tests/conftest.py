@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests: a fresh, printed, repeatable seed and quiet thread settings."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+SESSION_SEED = int(os.environ.get("FASTPO_SEED") or random.SystemRandom().randrange(2**31))
+
+
+def pytest_report_header() -> str:
+    return f"fastpo seed: {SESSION_SEED} (FASTPO_SEED={SESSION_SEED} repeats it)"
+
+
+def pytest_configure_node(node: object) -> None:
+    """pytest-xdist: every worker uses the seed that the header shows."""
+    os.environ["FASTPO_SEED"] = str(SESSION_SEED)
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of this run and this test alone; PyTorch's generator is seeded with it."""
+    import torch
+
+    value = random.Random(f"{SESSION_SEED}/{request.node.nodeid}").randrange(2**31)
+    torch.manual_seed(value)
+    print(f"seed {value} (session {SESSION_SEED})")
+    return value
