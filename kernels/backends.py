@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -13,10 +12,8 @@ from torch import Tensor
 BACKENDS = ("auto", "torch", "triton")
 
 
-@cache
-def triton_installed() -> bool:
-    """Whether Triton can be imported (it is not loaded to find out)."""
-    return importlib.util.find_spec("triton") is not None
+# Whether Triton can be imported; it is not loaded to find out.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
@@ -34,7 +31,7 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         raise ValueError(f"backend: got {requested!r}, expected one of {', '.join(BACKENDS)}")
     if requested == "torch":
         return "torch"
-    if not triton_installed():
+    if not TRITON_INSTALLED:
         reason = "Triton is not installed"
     elif device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         reason = f"the tensors are on {device} and TRITON_INTERPRET=1 is not set"

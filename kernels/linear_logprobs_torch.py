@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .chunking import plan_tile, spans
-from .logit_transform import LogitTransform
+from .logit_transform import IDENTITY, LogitTransform
 from .precision import TORCH_DTYPES, accumulation_dtype, full_precision
 
 
@@ -36,7 +36,7 @@ def linear_logprobs_reference(
     weight: Tensor,  # (V, H)
     labels: Tensor,  # (...)
     bias: Tensor | None = None,  # (V,)
-    transform: LogitTransform = LogitTransform(),
+    transform: LogitTransform = IDENTITY,
     ignore_index: int = -100,
 ) -> Tensor:  # (...)
     """The definition, with all logits at once and autograd: what every implementation is compared with."""

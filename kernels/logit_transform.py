@@ -36,3 +36,6 @@ class LogitTransform(NamedTuple):
             return self.linear_factor
         tanh = logits * (self.temperature / self.softcap)
         return tanh.square_().neg_().add_(1.0).mul_(self.linear_factor)
+
+
+IDENTITY = LogitTransform()

@@ -62,6 +62,23 @@ def linear_logprobs(
 ) -> tuple[Tensor, TokenStats]: ...
 
 
+@overload
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backward: str = "auto",
+    backend: str = "auto",
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, TokenStats]: ...
+
+
 def linear_logprobs(
     hidden: Tensor,  # (..., H)
     weight: Tensor,  # (V, H)
@@ -271,17 +288,17 @@ def _linear_logprobs(
 
 @_linear_logprobs.register_fake
 def _(
-    hidden,
-    weight,
-    labels,
-    bias,
-    logit_scale,
-    softcap,
-    temperature,
-    ignore_index,
-    backend,
-    want_stats,
-):  # type: ignore[no-untyped-def]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    backend: str,
+    want_stats: bool,
+) -> tuple[Tensor, ...]:
     wide = accumulation_dtype(hidden.dtype)
     per_token = labels.new_empty(labels.shape, dtype=wide)
     if not want_stats:
@@ -342,9 +359,22 @@ def _linear_logprobs_backward(
 
 @_linear_logprobs_backward.register_fake
 def _(
-    grad, hidden, weight, labels, bias, lse, order, count, logit_scale, softcap, temperature, backend,
-    need_hidden, need_weight, need_bias,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    order: Tensor,
+    count: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    backend: str,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     def like(tensor: Tensor, needed: bool) -> Tensor:
         return tensor.new_empty(tensor.shape if needed else 0)
 

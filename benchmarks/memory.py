@@ -1,0 +1,80 @@
+"""Peak extra memory of one forward + backward: fastpo against the plain logits path, from allocation events.
+
+Run ``python -m benchmarks.memory`` for the table. The figures are sums of what PyTorch's allocator was
+asked for, so they repeat exactly and do not depend on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import fastpo
+
+MIB = 1024 * 1024
+
+
+def peak_extra_bytes(step: Callable[[], list[Tensor]]) -> int:
+    """Most bytes alive at once during ``step`` beyond its results (the gradients it returns), on the CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        results = step()
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    alive = peak = 0
+    for event in changes:
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak - sum(t.untyped_storage().nbytes() for t in results)
+
+
+def draw(
+    n: int, vocab: int, width: int, tokens: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random hidden states, head and labels; ``tokens`` > n adds rows that carry no label."""
+    tokens = tokens or n
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    weight = torch.randn(vocab, width, requires_grad=True)
+    labels = torch.full((tokens,), -100)
+    labels[torch.randperm(tokens)[:n]] = torch.randint(vocab, (n,))
+    return hidden, weight, labels
+
+
+def fastpo_step(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
+    """Gradients of the summed log-probs through the operation."""
+    logps = fastpo.linear_logprobs(hidden, weight, labels)
+    return list(torch.autograd.grad(logps.sum(), (hidden, weight)))
+
+
+def eager_step(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
+    """The same through all logits at once."""
+    kept = labels != -100
+    logps = torch.log_softmax(hidden @ weight.t(), dim=-1)
+    picked = logps.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return list(torch.autograd.grad(picked[kept].sum(), (hidden, weight)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--no-eager", action="store_true", help="leave out the plain logits path")
+    args = parser.parse_args()
+    print(f"float32 on CPU, V = {args.vocab}, H = {args.width}; MiB beyond inputs and gradients")
+    print(f"{'N':>8} {'fastpo':>10} {'eager':>10} {'ratio':>8}")
+    for n in args.rows:
+        inputs = draw(n, args.vocab, args.width)
+        ours = peak_extra_bytes(lambda i=inputs: fastpo_step(*i)) / MIB
+        if args.no_eager:
+            print(f"{n:>8} {ours:>10.1f}")
+            continue
+        plain = peak_extra_bytes(lambda i=inputs: eager_step(*i)) / MIB
+        print(f"{n:>8} {ours:>10.1f} {plain:>10.1f} {plain / ours:>8.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Memory, from the allocator's own events: bounded by the chunk budget, not by N×V."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.memory import draw, eager_step, fastpo_step, peak_extra_bytes
+from fastpo.kernels import chunking
+
+
+def test_an_eighth_of_eager_at_most(seed: int) -> None:
+    inputs = draw(8192, 32000, 16)
+    ours = peak_extra_bytes(lambda: fastpo_step(*inputs))
+    plain = peak_extra_bytes(lambda: eager_step(*inputs))
+    assert plain >= 2 * 8192 * 32000 * 4  # the measure sees the logits and their gradient
+    assert ours <= plain / 8
+
+
+@pytest.mark.parametrize("shape", [(4096, 1031, 32), (512, 40_009, 32), (3000, 3000, 512)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_budget_and_one_wide_accumulator_bound_it(
+    shape: tuple[int, int, int], dtype: torch.dtype, seed: int
+) -> None:
+    n, vocab, width = shape
+    hidden, weight, labels = draw(n, vocab, width)
+    hidden, weight = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
+    extra = peak_extra_bytes(lambda: fastpo_step(hidden, weight, labels))
+    per_row = 100 * n
+    assert extra <= chunking.CPU_BUDGET_BYTES + 4 * min(n, vocab) * width + per_row
+
+
+def test_flat_in_the_sequence_length(seed: int) -> None:
+    """Unlabelled tokens add their share of the gradient and a few bytes of bookkeeping, no more."""
+    short = peak_extra_bytes(lambda: fastpo_step(*draw(512, 5003, 64)))
+    inputs = draw(512, 5003, 64, tokens=16_384)
+    long = peak_extra_bytes(lambda: fastpo_step(*inputs))
+    assert long - short <= 100 * (16_384 - 512) + 4 * 512 * 64
+
+
+def test_tile_plan_stays_within_its_budget(seed: int) -> None:
+    for n in (1, 7, 500, 8192, 10**6):
+        for vocab in (2, 97, 32_000, 256_000):
+            for width in (8, 320, 4096, 16_384):
+                for device in ("cpu", "cuda"):
+                    tile = chunking.plan_tile(n, vocab, width, torch.device(device), torch.float32)
+                    rows, cols = tile
+                    assert 1 <= rows <= n
+                    assert 1 <= cols <= vocab
+                    used = 4 * (2 * rows * cols + 2 * (rows + cols) * width)
+                    assert used <= chunking.budget_bytes(torch.device(device))
+                    # and it is put to use: no confetti
+                    assert rows * cols >= min(n, 128) * min(vocab, 128)
