@@ -1,0 +1,326 @@
+"""``PreferenceLoss``: any loss of the registry, from hidden states, token log-probs or sequence log-probs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpo.ops.linear_logprobs import TokenStats, linear_logprobs
+from fastpo.ops.sequence_logprobs import sequence_sums
+
+from .metrics import PreferenceOutput, token_means
+from .pairs import Pairs
+from .pointwise import sft
+from .registry import find_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+DEFAULT_GAMMA0 = 0.5  # TRL's simpo_gamma
+
+
+class PreferenceLoss(nn.Module):
+    """A preference loss straight from hidden states and the LM head; the logits of the batch never exist.
+
+    The loss is mean_i ℓ(pair i) + sft_weight · NLL, NLL the mean over all labelled tokens of the chosen
+    answers (as in TRL's CPO; TRL's ORPO also averages over prompt tokens, which carry no label here). All
+    arithmetic after the token log-probs is float64. A pair with an answer that has no labelled token
+    contributes 0, to the loss and to the gradient, and still counts among the B of the mean.
+
+    Args:
+        loss_type: a name of ``fastpo.losses.LOSSES``.
+        beta: β > 0; usual values are 0.01–0.5 for losses with a reference, 2–10 for ``simpo``.
+        gamma_beta_ratio: mean target margin γ0 in units of β, as SimPO and γ-PO name it; or
+        simpo_gamma: γ0 ≥ 0 itself, as TRL names it. Without both γ0 = 0.5, TRL's default. Only ``simpo`` and
+            losses with a dynamic margin have a target.
+        label_smoothing: ε in [0, 1/2), the share of labels taken to be flipped.
+        sft_weight: weight of the SFT term; None: the loss's own (1 for ``cpo`` and ``orpo``, else 0).
+        margin: dynamic margins, ``margin(gaps, gamma0) → γ`` for (B,) gaps (:class:`fastpo.DynamicMargin`,
+            γ-PO); None: the fixed target γ0 for ``simpo``, none for the others.
+        ignore_index: label of tokens that do not count.
+        logit_scale, softcap, temperature, backward, backend: see :func:`fastpo.linear_logprobs`;
+            ``backward`` is ``"exact"`` or ``"auto"``, which is exact.
+        return_stats: compute the token statistics that the metrics ``entropy``, ``logits/*`` and
+            ``mean_token_accuracy`` need.
+        group: ranks over which batch-coupled terms (``batch_coupled`` losses and the token mean of the SFT
+            term) are taken, per micro-step and with equally many pairs on each; None: this process alone. The
+            mean of the ranks' losses is then the loss of the global batch, and so is the averaged gradient.
+            The margin has a group of its own.
+        options: keywords of the chosen loss alone: ``discopop_tau``, ``rdpo_alpha``, or β-DPO's ``a``,
+            ``momentum``, ``sample_fraction``, ``seed``.
+
+    State (that of ``beta_dpo`` and of the margin) is in ``state_dict()`` and changes in training mode only.
+
+    Raises:
+        TypeError: an option that the loss does not have.
+        ValueError: an unknown loss, a number out of range, both γ0 given, or a margin for a loss that takes
+            none.
+    """
+
+    def __init__(
+        self,
+        loss_type: str = "dpo",
+        *,
+        beta: float = 0.1,
+        gamma_beta_ratio: float | None = None,
+        simpo_gamma: float | None = None,
+        label_smoothing: float = 0.0,
+        sft_weight: float | None = None,
+        margin: Callable[[Tensor, float], Tensor] | None = None,
+        ignore_index: int = -100,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        backward: str = "auto",
+        backend: str = "auto",
+        return_stats: bool = True,
+        group: ProcessGroup | None = None,
+        **options: float,
+    ) -> None:
+        super().__init__()
+        self.spec = find_loss(loss_type)
+        self.spec.check(beta, label_smoothing)
+        if margin is not None:
+            self.spec.check_margin()
+        if label_smoothing and not self.spec.uses_label_smoothing:
+            _warn(f"label_smoothing={label_smoothing} has no effect on loss {self.spec.name!r}")
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+        self.gamma0 = _mean_target(beta, gamma_beta_ratio, simpo_gamma)
+        target_given = gamma_beta_ratio is not None or simpo_gamma is not None
+        if target_given and margin is None and self.spec.margin != "target":
+            _warn(
+                "gamma_beta_ratio and simpo_gamma have no effect on loss "
+                f"{self.spec.name!r} without a dynamic margin"
+            )
+        self.sft_weight = self.spec.sft_weight if sft_weight is None else sft_weight
+        if not self.sft_weight >= 0:
+            raise ValueError(f"sft_weight: got {sft_weight}, expected a number ≥ 0")
+        self.margin = margin
+        self.function = self.spec.bind(**options)
+        self.ignore_index = ignore_index
+        self.return_stats = return_stats
+        self.group = group
+        self.operation_options: dict[str, Any] = {
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "temperature": temperature,
+            "backward": backward,
+            "backend": backend,
+            "ignore_index": ignore_index,
+        }
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.name!r}, beta={self.beta}, label_smoothing={self.label_smoothing}"
+
+    def forward(
+        self,
+        hidden: Tensor,  # (2B, T, H) or packed (N, H)
+        weight: Tensor,  # (V, H)
+        labels: Tensor,  # (2B, T) or (N,)
+        bias: Tensor | None = None,  # (V,)
+        *,
+        cu_seqlens: Tensor | None = None,  # (2B + 1,)
+        ref_logps: Tensor | None = None,  # (2B,)
+        ref_hidden: Tensor | None = None,  # like hidden
+        ref_weight: Tensor | None = None,  # (V, H')
+        ref_bias: Tensor | None = None,  # (V,)
+    ) -> PreferenceOutput:
+        """Loss of B pairs from the last hidden states.
+
+        Args:
+            hidden: rows 0…B−1 the chosen answers, B…2B−1 the rejected ones, in the same order.
+            weight: the LM head.
+            labels: int64, already shifted (see :func:`fastpo.shift_labels`), ``ignore_index`` on prompts and
+                padding.
+            bias: of the LM head.
+            cu_seqlens: bounds of the 2B segments of a packed batch, segments 0…B−1 chosen.
+            ref_logps: the reference's log-probs, summed per answer; or, not both,
+            ref_hidden, ref_weight, ref_bias: what computes them, without gradient and on the same labels.
+
+        Raises:
+            TypeError, ValueError: dtypes, shapes or devices that do not fit; an odd number of rows; no
+                reference where the loss needs one, or two.
+        """
+        _check_even(labels, cu_seqlens)
+        if ref_hidden is not None:
+            if ref_logps is not None:
+                raise ValueError("ref_logps, ref_hidden: got both, expected one of them")
+            if ref_weight is None:
+                raise ValueError("ref_weight: got None, expected (V, H) with ref_hidden")
+            with torch.no_grad():
+                tokens = linear_logprobs(
+                    ref_hidden, ref_weight, labels, ref_bias, **self.operation_options
+                )
+                ref_logps, _ = sequence_sums(
+                    tokens, labels, cu_seqlens=cu_seqlens, ignore_index=self.ignore_index
+                )
+        elif ref_weight is not None or ref_bias is not None:
+            raise ValueError("ref_hidden: got None, expected (…, H) with ref_weight or ref_bias")
+        if self.spec.needs_reference and ref_logps is None:
+            raise ValueError(
+                f"ref_logps: got None, expected (2B,), or ref_hidden and ref_weight: loss {self.spec.name!r} "
+                "needs a reference"
+            )
+        if not self.return_stats:
+            token_logps = linear_logprobs(hidden, weight, labels, bias, **self.operation_options)
+            stats = None
+        else:
+            token_logps, stats = linear_logprobs(
+                hidden, weight, labels, bias, return_stats=True, **self.operation_options
+            )
+        return self.from_token_logps(
+            token_logps, labels, cu_seqlens=cu_seqlens, ref_logps=ref_logps, stats=stats
+        )
+
+    def from_token_logps(
+        self,
+        token_logps: Tensor,  # (2B, T) or packed (N,)
+        labels: Tensor,  # same shape
+        *,
+        cu_seqlens: Tensor | None = None,  # (2B + 1,)
+        ref_logps: Tensor | None = None,  # (2B,)
+        stats: TokenStats | None = None,
+    ) -> PreferenceOutput:
+        """Loss of B pairs from token log-probs in nats, laid out as in :meth:`forward`."""
+        _check_even(labels, cu_seqlens)
+        output = self._preference_epilogue(token_logps, labels, cu_seqlens, ref_logps)
+        if stats is not None:
+            chosen, rejected = _token_masks(labels, cu_seqlens, self.ignore_index)
+            output.token_means = token_means(stats, chosen, rejected)
+        return output
+
+    def from_sequence_logps(
+        self,
+        chosen_logps: Tensor,  # (B,)
+        rejected_logps: Tensor,  # (B,)
+        ref_chosen_logps: Tensor | None = None,  # (B,)
+        ref_rejected_logps: Tensor | None = None,  # (B,)
+        chosen_lengths: Tensor | None = None,  # (B,)
+        rejected_lengths: Tensor | None = None,  # (B,)
+    ) -> PreferenceOutput:
+        """Loss of B pairs from log-probs in nats, summed over each answer's ``lengths`` labelled tokens.
+
+        Lengths may be left out for losses that do not use them, without an SFT term.
+        """
+        pairs = Pairs.build(
+            chosen_logps,
+            rejected_logps,
+            ref_chosen_logps,
+            ref_rejected_logps,
+            chosen_lengths,
+            rejected_lengths,
+        )
+        return self._score(pairs, torch.promote_types(chosen_logps.dtype, torch.float32))
+
+    def _preference_epilogue(
+        self,
+        token_logps: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        ref_logps: Tensor | None,
+    ) -> PreferenceOutput:
+        """Token log-probs → sums, lengths → gaps → γ → losses, in plain PyTorch, for any loss and device."""
+        sums, lengths = sequence_sums(
+            token_logps, labels, cu_seqlens=cu_seqlens, ignore_index=self.ignore_index
+        )
+        ref_chosen, ref_rejected = None, None
+        if ref_logps is not None:
+            if ref_logps.shape != sums.shape:
+                raise ValueError(
+                    f"ref_logps: got shape {tuple(ref_logps.shape)}, expected {tuple(sums.shape)}, "
+                    "one sum per answer"
+                )
+            ref_chosen, ref_rejected = ref_logps.chunk(2)
+        chosen, rejected = sums.chunk(2)
+        chosen_lengths, rejected_lengths = lengths.chunk(2)
+        pairs = Pairs.build(
+            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths
+        )
+        return self._score(pairs, torch.promote_types(token_logps.dtype, torch.float32))
+
+    def _score(self, pairs: Pairs, dtype: torch.dtype) -> PreferenceOutput:
+        """Gaps → γ → losses, in float64, and the results in ``dtype``."""
+        spec = self.spec
+        spec.check_reference(pairs)
+        scored, labelled = pairs.without_unlabelled()
+        gamma = None
+        if self.margin is not None:
+            gamma = self.margin(spec.gaps(scored, self.beta).to(dtype), self.gamma0)
+        losses = spec.evaluate(
+            self.function,
+            scored,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            gamma=gamma,
+            gamma0=self.gamma0,
+            group=self.group,
+        )
+        if labelled is not None and not spec.reorders_pairs:
+            losses = torch.where(labelled, losses, 0.0)
+        loss = losses.mean()
+        nll_loss = None
+        if self.sft_weight:
+            nll_loss = sft(scored, group=self.group).mean()
+            loss = loss + self.sft_weight * nll_loss
+        rewards = spec.rewards(pairs, self.beta)
+        return PreferenceOutput(
+            loss=loss.to(dtype),
+            losses=losses.to(dtype),
+            chosen_logps=pairs.chosen_logps.to(dtype),
+            rejected_logps=pairs.rejected_logps.to(dtype),
+            chosen_rewards=rewards.chosen.to(dtype),
+            rejected_rewards=rewards.rejected.to(dtype),
+            gamma=gamma,
+            nll_loss=None if nll_loss is None else nll_loss.to(dtype),
+            num_tokens=None if labelled is None else torch.cat(pairs.lengths).sum(),
+        )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _mean_target(beta: float, gamma_beta_ratio: float | None, simpo_gamma: float | None) -> float:
+    """γ0 from the one of its two names that was given."""
+    if gamma_beta_ratio is not None and simpo_gamma is not None:
+        raise ValueError(
+            f"gamma_beta_ratio, simpo_gamma: got both ({gamma_beta_ratio} and {simpo_gamma}), expected one: "
+            "simpo_gamma = beta · gamma_beta_ratio"
+        )
+    for name, value in (("gamma_beta_ratio", gamma_beta_ratio), ("simpo_gamma", simpo_gamma)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name}: got {value}, expected a number ≥ 0")
+    if gamma_beta_ratio is not None:
+        return beta * gamma_beta_ratio
+    return DEFAULT_GAMMA0 if simpo_gamma is None else simpo_gamma
+
+
+def _check_even(labels: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Half the rows are chosen answers, half rejected ones."""
+    rows = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if rows % 2 or rows < 2:
+        name, unit = ("labels", "rows") if cu_seqlens is None else ("cu_seqlens", "segments")
+        raise ValueError(
+            f"{name}: got {rows} {unit}, expected an even number ≥ 2: the first half chosen answers, "
+            "the second half rejected ones"
+        )
+
+
+def _token_masks(
+    labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Which tokens are labelled ones of chosen, and of rejected answers; both shaped like ``labels``."""
+    labelled = labels != ignore_index
+    if cu_seqlens is None:
+        first_half = torch.arange(labels.shape[0], device=labels.device) < labels.shape[0] // 2
+        first_half = first_half.unsqueeze(1)
+    else:
+        position = torch.arange(labels.shape[0], device=labels.device)
+        first_half = position < cu_seqlens[cu_seqlens.numel() // 2]
+        labelled = labelled & (position < cu_seqlens[-1])
+    return labelled & first_half, labelled & ~first_half
