@@ -1,0 +1,213 @@
+"""One row of a preference data set, in any of TRL's formats → one form: a plain or a conversational pair.
+
+=================  ==============================================  =========================================
+format             columns                                         becomes
+=================  ==============================================  =========================================
+plain, explicit    ``prompt``, ``chosen``, ``rejected``: str       :class:`PlainPair`
+plain, implicit    ``chosen``, ``rejected``: str                   :class:`PlainPair` with ``prompt=None``
+chat, explicit     ``prompt``, ``chosen``, ``rejected``: messages  :class:`ChatPair`
+chat, implicit     ``chosen``, ``rejected``: messages              :class:`ChatPair`, prompt = common messages
+UltraFeedback      ``prompt`` str; ``chosen``, ``rejected``:       :class:`ChatPair`, prompt = common messages
+                   messages, the user's turn included
+=================  ==============================================  =========================================
+
+A message is ``{"role": str, "content": str, …}``. Columns that are not in :data:`COLUMNS` are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+
+Message = dict[str, Any]
+
+
+class UnusableRow(Exception):
+    """A well-formed row that holds no preference to learn from; ``reason`` is a key of the data report."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class PlainPair:
+    prompt: str | None  # None: what chosen and rejected have in common
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class ChatPair:
+    prompt: list[Message]  # not empty
+    chosen: list[Message]  # starts with an assistant's message, as does rejected
+    rejected: list[Message]
+    tools: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_row(row: Mapping[str, Any], where: str) -> PlainPair | ChatPair:
+    """The pair that a row holds.
+
+    Args:
+        row: column → value.
+        where: names the row in errors, e.g. ``"prefs.jsonl, line 7"``.
+
+    Raises:
+        ValueError: a column is missing, null or of the wrong type.
+        UnusableRow: the answers are equal or empty, or do not follow a common prompt.
+    """
+    prompt, chosen, rejected = read_columns(row, where)
+    if isinstance(chosen, str):
+        return _plain_pair(prompt, chosen, rejected)
+    if chosen == rejected:
+        raise UnusableRow("equal_answers")
+    prompt, chosen, rejected = _split_conversation(prompt, chosen, rejected)
+    for answer in (chosen, rejected):
+        if all(not m["content"].strip() and not m.get("tool_calls") for m in answer):
+            raise UnusableRow("empty_answer")
+    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        raise UnusableRow("no_common_prompt")
+    if not prompt:
+        raise UnusableRow("no_prompt")
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = _parse_json(tools, "tools", where)
+    return ChatPair(
+        prompt,
+        chosen,
+        rejected,
+        [_without_nulls(tool) for tool in tools] if tools else None,
+        _without_nulls(row.get("chat_template_kwargs") or {}),
+    )
+
+
+def read_columns(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected: strings, or lists of messages in their normal form.
+
+    The prompt may also be None, or a string before conversational answers.
+
+    Raises:
+        ValueError: a column is missing, null or of the wrong type.
+    """
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            present = ", ".join(repr(key) for key, value in row.items() if value is not None)
+            raise ValueError(f"{where}: no {name!r} (the row has {present or 'nothing'})")
+    prompt, chosen, rejected = (
+        _text_or_messages(row.get(name), name, where) for name in ("prompt", "chosen", "rejected")
+    )
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError(
+            f"{where}: chosen and rejected must both be strings or both be lists of messages, got "
+            f"{_kind(chosen)} and {_kind(rejected)}"
+        )
+    if isinstance(prompt, list) and isinstance(chosen, str):
+        raise ValueError(
+            f"{where}: prompt is {_kind(prompt)}, so chosen and rejected must be lists of messages too, "
+            f"got {_kind(chosen)}"
+        )
+    return prompt, chosen, rejected
+
+
+def _kind(value: str | list[Message] | None) -> str:
+    return "a string" if isinstance(value, str) else "a list of messages"
+
+
+def _plain_pair(prompt: str | None, chosen: str, rejected: str) -> PlainPair:
+    if chosen == rejected:
+        raise UnusableRow("equal_answers")
+    if not chosen.strip() or not rejected.strip():
+        raise UnusableRow("empty_answer")
+    return PlainPair(prompt, chosen, rejected)
+
+
+def _split_conversation(
+    prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Prompt and answers; answers that repeat the prompt lose it, at least one message stays in each.
+
+    A prompt given as a string beside answers that hold the user's turn themselves (UltraFeedback) repeats
+    that turn, so the messages alone count.
+    """
+    if not chosen or not rejected:
+        raise UnusableRow("empty_answer")
+    if isinstance(prompt, str) and not any(m["role"] == "user" for m in chosen + rejected):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list) and prompt:
+        n = len(prompt)
+        if min(len(chosen), len(rejected)) > n and chosen[:n] == rejected[:n] == prompt:
+            chosen, rejected = chosen[n:], rejected[n:]
+        explicit = True
+    else:
+        prompt, explicit = [], False
+    shared = 0  # common messages that belong to the prompt
+    for ours, theirs in zip(chosen[:-1], rejected[:-1], strict=False):
+        if ours != theirs or (explicit and ours["role"] == "assistant"):
+            break
+        shared += 1
+    return prompt + chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _text_or_messages(value: Any, name: str, where: str) -> str | list[Message] | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Mapping) and "role" in value and not isinstance(value["role"], str):
+        # a struct of lists, as older data sets stored lists of structs
+        value = [
+            dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)
+        ]
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__iter__"):
+        raise ValueError(
+            f"{where}: {name} must be a string or a list of messages, got {type(value).__name__}"
+        )
+    return [_message(item, f"{name}[{k}]", where) for k, item in enumerate(value)]
+
+
+def _message(message: Any, name: str, where: str) -> Message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        got = list(message) if isinstance(message, Mapping) else type(message).__name__
+        raise ValueError(
+            f'{where}: {name} must be a message {{"role": …, "content": …}} with a string as role, got {got}'
+        )
+    # Arrow gives every message the union of all messages' fields: what is null was never there
+    clean = _without_nulls(dict(message))
+    clean["content"] = _content_text(clean.get("content"), name, where)
+    for call in clean.get("tool_calls") or ():
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        if isinstance(function.get("arguments"), str):  # OpenAI's form; templates expect the object
+            function["arguments"] = _parse_json(function["arguments"], f"{name}.tool_calls", where)
+    return clean
+
+
+def _content_text(content: Any, name: str, where: str) -> str:
+    """The text of a message: some templates would print a list of parts as Python code, so join them."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Mapping) or not hasattr(content, "__iter__"):
+        raise ValueError(f"{where}: {name}.content must be text, got {type(content).__name__}")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise ValueError(f"{where}: {name}.content must be text, got {part!r:.80}")
+    return "".join(part["text"] for part in content)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        return value
+    return [_without_nulls(item) for item in value]  # list, tuple or NumPy array
+
+
+def _parse_json(text: str, name: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: {name} is not valid JSON: {error}") from error

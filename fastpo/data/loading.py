@@ -1,0 +1,232 @@
+"""Preference rows from a file, a directory or the Hub, as a `datasets.Dataset`; bad input is named exactly."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from fastpo.data.formats import COLUMNS, Message, read_columns
+
+_JSON = (".jsonl", ".ndjson", ".json")
+_SUFFIXES = (*_JSON, ".parquet")
+_SPLIT_FILE = re.compile(r"((train|test|validation|valid|val|eval|dev)(_[A-Za-z0-9_]+)?)(?=[-.]|$)")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_preferences(source: str | Path, *, split: str | None = None) -> datasets.Dataset:
+    """Rows of a preference data set, with the columns of ``fastpo.data.formats.COLUMNS`` that it has.
+
+    Args:
+        source: one of
+
+            - a ``.jsonl``, ``.ndjson`` or ``.json`` file: one object per line, or one array of objects;
+            - a ``.parquet`` file;
+            - a directory that `datasets` saved (``save_to_disk``);
+            - a directory of such files, at any depth. Files named after a split (``train.jsonl``,
+              ``test_prefs-00000-of-00001.parquet``) belong to it, all others to ``train``; a split's files
+              are joined in the order of their paths;
+            - the name of a data set on the Hugging Face Hub.
+        split: which split; None takes the only one, or ``train`` where there are several. One file is the
+            split ``train``.
+
+    Returns:
+        The data set. Every row of the source is in it, in order (blank lines of a JSON file are no rows).
+
+    Raises:
+        FileNotFoundError: there is no such file, directory or Hub data set; the nearest name is given.
+        ValueError: a line is not JSON, or a row has no ``chosen`` or ``rejected`` or one of the wrong type (the
+            file and its line or row are named); an unknown file type, an unreadable file or an unknown split.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _choose(str(source), {"train": lambda: _read_file(path)}, split)
+    if path.is_dir():
+        return _read_directory(path, split)
+    name = str(source)
+    has_parent = path.parent not in (Path("."), Path("/")) and path.parent.exists()
+    looks_local = has_parent or path.suffix in _SUFFIXES
+    if looks_local or not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"no file or directory {name!r}{_nearest(path)}")
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"no file or directory {name!r}{_nearest(path)}; and the Hub did not give a data set of that "
+            f"name: {error}"
+        ) from error
+    return _from_datasets(loaded, name, None)
+
+
+def _nearest(path: Path) -> str:
+    """'; nearest: …', or which directory is missing, or nothing."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f"; there is no directory {str(parent)!r}"
+    names = [entry.name for entry in parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"; the nearest name there is {str(parent / close[0])!r}" if close else ""
+
+
+def _choose(
+    where: str, splits: dict[str, Callable[[], datasets.Dataset]], split: str | None
+) -> datasets.Dataset:
+    if split is None:
+        split = next(iter(splits)) if len(splits) == 1 else "train"
+        if split not in splits:
+            raise ValueError(f"split: {where} has {sorted(splits)}; say which one")
+    if split not in splits:
+        raise ValueError(f"split: {where} has {sorted(splits)}, got {split!r}")
+    return splits[split]()
+
+
+def _read_directory(path: Path, split: str | None) -> datasets.Dataset:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _from_datasets(datasets.load_from_disk(str(path)), str(path), split)
+    files: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if file.suffix not in _SUFFIXES or hidden or file.name.startswith("dataset_info"):
+            continue
+        named = _SPLIT_FILE.match(file.stem) or _SPLIT_FILE.fullmatch(file.parent.name)
+        files.setdefault(named[1] if named else "train", []).append(file)
+    if not files:
+        raise FileNotFoundError(
+            f"directory {str(path)!r} holds no file that ends in {', '.join(_SUFFIXES)}"
+        )
+
+    def joined(group: list[Path]) -> Callable[[], datasets.Dataset]:
+        return lambda: datasets.concatenate_datasets([_read_file(file) for file in group])
+
+    return _choose(str(path), {name: joined(group) for name, group in files.items()}, split)
+
+
+def _from_datasets(
+    loaded: datasets.Dataset | datasets.DatasetDict, where: str, split: str | None
+) -> datasets.Dataset:
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {split or "train": loaded}
+
+    def checked(dataset: datasets.Dataset) -> Callable[[], datasets.Dataset]:
+        return lambda: _checked(dataset, where)
+
+    return _choose(where, {str(name): checked(dataset) for name, dataset in splits.items()}, split)
+
+
+def _read_file(path: Path) -> datasets.Dataset:
+    if path.suffix in _JSON:
+        return _read_json(path)
+    if path.suffix != ".parquet":
+        raise ValueError(
+            f"{path}: expected a file that ends in {', '.join(_SUFFIXES)}, got {path.suffix!r}"
+        )
+    try:
+        return _checked(datasets.Dataset.from_parquet(str(path), keep_in_memory=True), str(path))
+    except (pa.ArrowException, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _checked(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
+    """The columns that matter; every row has both answers."""
+    for name in ("chosen", "rejected"):
+        if name not in dataset.column_names:
+            raise ValueError(f"{where}: no column {name!r}, the columns are {dataset.column_names}")
+    dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+    if not len(dataset):
+        raise ValueError(f"{where}: no rows")
+    table = dataset.with_format("arrow")[:]
+    for name in ("chosen", "rejected"):
+        nulls = table[name].is_null().to_numpy()
+        if nulls.any():
+            raise ValueError(f"{where}, row {nulls.argmax()} (from 0): no {name!r}")
+    return dataset
+
+
+def _read_json(path: Path) -> datasets.Dataset:
+    """JSON read here rather than by `datasets`: exact places in errors, and other columns cannot clash."""
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    first: tuple[str, Any] | None = None
+    for where, row in _json_rows(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        prompt, chosen, rejected = read_columns(row, where)
+        kinds = (type(prompt), type(chosen))
+        first = first or (where, kinds)
+        if kinds != first[1]:
+            raise ValueError(
+                f"{where}: prompt and chosen are {_kinds(kinds)}, but {_kinds(first[1])} in {first[0]}; "
+                "a file holds one format"
+            )
+        values = {
+            "prompt": prompt,
+            "chosen": chosen,
+            "rejected": rejected,
+            # schemas differ from row to row, Arrow's structs do not: tools stay JSON text
+            "tools": _as_json(row.get("tools")),
+            "chat_template_kwargs": row.get("chat_template_kwargs"),
+        }
+        for name, value in values.items():
+            columns[name].append(_storable(value) if isinstance(value, list) else value)
+    if first is None:
+        raise ValueError(f"{path}: no rows")
+    used = {name: values for name, values in columns.items() if any(v is not None for v in values)}
+    try:
+        return datasets.Dataset.from_dict(used)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(
+            f"{path}: the messages' fields change type from row to row: {error}"
+        ) from error
+
+
+def _kinds(kinds: tuple[type, type]) -> str:
+    names = {str: "text", list: "messages", type(None): "absent"}
+    return " and ".join(names[kind] for kind in kinds)
+
+
+def _storable(messages: list[Message]) -> list[Message]:
+    """Tool calls' arguments as JSON text, since their fields and types differ from call to call."""
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call)
+            if "arguments" in function:
+                function["arguments"] = _as_json(function["arguments"])
+    return messages
+
+
+def _as_json(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) of every row: of one array, or of one line each."""
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        file.seek(0)
+        if head.startswith(b"["):
+            rows = _parse(file.read(), str(path), 1)
+            yield from ((f"{path}, row {k} (from 0)", row) for k, row in enumerate(rows))
+            return
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}, line {number}", _parse(line, str(path), number)
+
+
+def _parse(text: bytes, path: str, line: int) -> Any:
+    try:
+        value = json.loads(text.decode("utf-8-sig"))
+        if b"\\ud" in text.lower():  # an escaped half of a surrogate pair is valid JSON but no text
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        raise ValueError(
+            f"{path}, line {line}: not valid JSON: {error.msg} at column {error.colno}"
+        ) from error
+    except UnicodeError as error:
+        raise ValueError(f"{path}, line {line}: not valid UTF-8 text: {error}") from error
