@@ -25,6 +25,9 @@ COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 
 Message = dict[str, Any]
 
+# What a message says; other fields (ids, scores) do not make two messages different.
+_SAID = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+
 
 class UnusableRow(Exception):
     """A well-formed row that holds no preference to learn from; ``reason`` is a key of the data report."""
@@ -50,6 +53,13 @@ class ChatPair:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
+def check_columns(names: list[str], where: str) -> None:
+    """Raises ValueError where there is no column ``chosen`` or ``rejected``."""
+    for name in ("chosen", "rejected"):
+        if name not in names:
+            raise ValueError(f"{where}: no column {name!r}, the columns are {names}")
+
+
 def parse_row(row: Mapping[str, Any], where: str) -> PlainPair | ChatPair:
     """The pair that a row holds.
 
@@ -64,7 +74,7 @@ def parse_row(row: Mapping[str, Any], where: str) -> PlainPair | ChatPair:
     prompt, chosen, rejected = read_columns(row, where)
     if isinstance(chosen, str):
         return _plain_pair(prompt, chosen, rejected)
-    if chosen == rejected:
+    if _said(chosen) == _said(rejected):
         raise UnusableRow("equal_answers")
     prompt, chosen, rejected = _split_conversation(prompt, chosen, rejected)
     for answer in (chosen, rejected):
@@ -114,6 +124,10 @@ def read_columns(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
     return prompt, chosen, rejected
 
 
+def _said(messages: list[Message]) -> list[list[Any]]:
+    return [[message.get(name) for name in _SAID] for message in messages]
+
+
 def _kind(value: str | list[Message] | None) -> str:
     return "a string" if isinstance(value, str) else "a list of messages"
 
@@ -140,14 +154,16 @@ def _split_conversation(
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list) and prompt:
         n = len(prompt)
-        if min(len(chosen), len(rejected)) > n and chosen[:n] == rejected[:n] == prompt:
+        if min(len(chosen), len(rejected)) > n and (
+            _said(chosen[:n]) == _said(rejected[:n]) == _said(prompt)
+        ):
             chosen, rejected = chosen[n:], rejected[n:]
         explicit = True
     else:
         prompt, explicit = [], False
     shared = 0  # common messages that belong to the prompt
     for ours, theirs in zip(chosen[:-1], rejected[:-1], strict=False):
-        if ours != theirs or (explicit and ours["role"] == "assistant"):
+        if _said([ours]) != _said([theirs]) or (explicit and ours["role"] == "assistant"):
             break
         shared += 1
     return prompt + chosen[:shared], chosen[shared:], rejected[shared:]

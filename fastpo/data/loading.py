@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from fastpo.data.formats import COLUMNS, Message, read_columns
+from fastpo.data.formats import COLUMNS, Message, check_columns, read_columns
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _SUFFIXES = (*_JSON, ".parquet")
@@ -134,9 +134,7 @@ def _read_file(path: Path) -> datasets.Dataset:
 
 def _checked(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
     """The columns that matter; every row has both answers."""
-    for name in ("chosen", "rejected"):
-        if name not in dataset.column_names:
-            raise ValueError(f"{where}: no column {name!r}, the columns are {dataset.column_names}")
+    check_columns(dataset.column_names, where)
     dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
     if not len(dataset):
         raise ValueError(f"{where}: no rows")

@@ -34,7 +34,15 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
-from fastpo.data.formats import ChatPair, Message, PlainPair, UnusableRow, parse_row
+from fastpo.data.formats import (
+    COLUMNS,
+    ChatPair,
+    Message,
+    PlainPair,
+    UnusableRow,
+    check_columns,
+    parse_row,
+)
 from fastpo.data.report import DROPPED, NOTED, ROWS_NAMED, DataReport, Finding, TokenCounts
 
 _FEATURES = datasets.Features(
@@ -88,11 +96,15 @@ def tokenize_preferences(
             f"dataset: got {type(dataset).__name__}, expected a datasets.Dataset (one split)"
         )
     _check_lengths(max_length, max_prompt_length)
-    table = dataset.map(
+    check_columns(dataset.column_names, source)
+    rows = dataset.with_format(None).select_columns(
+        [name for name in COLUMNS if name in dataset.column_names]
+    )
+    table = rows.map(
         _PairTokenizer(tokenizer, max_length, max_prompt_length, source),
         batched=True,
         with_indices=True,
-        remove_columns=dataset.column_names,
+        remove_columns=rows.column_names,
         features=_FEATURES,
         num_proc=num_proc,
         keep_in_memory=True,
@@ -177,27 +189,34 @@ class _PairTokenizer:
         return {name: [result[name] for result in results] for name in _FEATURES}
 
     def _texts(self, pair: PlainPair | ChatPair, where: str) -> _Texts:
-        if isinstance(pair, ChatPair):
-            prompt: str | None = self._render(pair, pair.prompt, where, add_generation_prompt=True)
-            chosen, rejected = (
-                self._render(pair, pair.prompt + answer, where)
-                for answer in (pair.chosen, pair.rejected)
-            )
-        else:
-            bos = self.tokenizer.bos_token or ""
-            prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
-            if prompt:
-                chosen, rejected = (
-                    prompt + answer.removeprefix(bos) for answer in (chosen, rejected)
-                )
-        texts = _Texts(prompt, chosen, rejected, isinstance(pair, PlainPair))
-        if isinstance(pair, ChatPair) and not texts.is_split:
-            _check_prompt_survives(texts, pair.prompt[-1]["content"].strip())
+        texts = (
+            self._chat_texts(pair, where) if isinstance(pair, ChatPair) else self._plain_texts(pair)
+        )
+        start = len(texts.prompt) if texts.prompt is not None and texts.is_split else 0
+        texts.chosen = self._without_space_after_eos(texts.chosen, start)
+        texts.rejected = self._without_space_after_eos(texts.rejected, start)
+        return texts
+
+    def _plain_texts(self, pair: PlainPair) -> _Texts:
+        if not pair.prompt:
+            return _Texts(pair.prompt, pair.chosen, pair.rejected, is_plain=True)
+        bos = self.tokenizer.bos_token or ""
+        chosen, rejected = (
+            pair.prompt + answer.removeprefix(bos) for answer in (pair.chosen, pair.rejected)
+        )
+        return _Texts(pair.prompt, chosen, rejected, is_plain=True)
+
+    def _chat_texts(self, pair: ChatPair, where: str) -> _Texts:
+        prompt = self._render(pair, pair.prompt, where, add_generation_prompt=True)
+        chosen, rejected = (
+            self._render(pair, pair.prompt + answer, where)
+            for answer in (pair.chosen, pair.rejected)
+        )
         if chosen == rejected:
             raise UnusableRow("template_error", "it renders chosen and rejected alike")
-        start = len(texts.prompt) if texts.prompt is not None and texts.is_split else 0
-        texts.chosen = self._without_space_after_eos(chosen, start)
-        texts.rejected = self._without_space_after_eos(rejected, start)
+        texts = _Texts(prompt, chosen, rejected, is_plain=False)
+        if not texts.is_split:
+            _check_prompt_survives(texts, pair.prompt[-1]["content"].strip())
         return texts
 
     def _without_space_after_eos(self, text: str, start: int) -> str:
