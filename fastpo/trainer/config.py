@@ -1,0 +1,341 @@
+"""``PreferenceConfig``: every setting of a training run, one flat set of fields beside TrainingArguments'."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from transformers import TrainingArguments
+
+from fastpo.losses import PreferenceLoss, find_loss
+from fastpo.margins import DynamicMargin
+from fastpo.ops.linear_logprobs import BACKWARDS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MARGINS = ("fixed", "gamma")
+
+
+def _setting(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class PreferenceConfig(TrainingArguments):
+    """Settings of a preference-optimisation run; every field of ``transformers.TrainingArguments`` beside these.
+
+    Batch sizes count pairs: ``per_device_train_batch_size: 4`` runs 8 sequences through the model at once.
+
+    | Field | Default | Meaning |
+    |---|---|---|
+    | ``model_name_or_path`` | None | checkpoint directory or Hub name of the policy's start |
+    | ``ref_model_name_or_path`` | None | reference model; None: the policy before training (under ``peft`` the base without its adapter) |
+    | ``tokenizer_name_or_path`` | None | None: the model's own |
+    | ``chat_template`` | None | Jinja text, or a file that holds it; None: the tokenizer's own |
+    | ``trust_remote_code`` | False | run Python code that comes with a model |
+    | ``dtype`` | float32 | of the loaded weights: float32, bfloat16, float16 or auto (as stored). Plain AdamW on bfloat16 weights loses small updates; ``bf16`` computes in bfloat16 from float32 weights |
+    | ``attn_implementation`` | None | sdpa, eager, flash_attention_2, …; None: the model's own choice |
+    | ``model_init_kwargs`` | None | further keywords of ``from_pretrained``, for policy and reference |
+    | ``dataset`` | None | file, directory or Hub name of the training pairs |
+    | ``eval_dataset`` | None | the same for evaluation |
+    | ``dataset_split`` | None | split of ``dataset``; None: train, or the only one |
+    | ``eval_dataset_split`` | None | split of ``eval_dataset``; None: as above |
+    | ``dataset_num_proc`` | None | processes that tokenise |
+    | ``max_length`` | 1024 | tokens of prompt and answer together; None: no limit |
+    | ``max_prompt_length`` | None | tokens of a prompt; a longer one keeps its end |
+    | ``loss_type`` | dpo | a name of ``fastpo.losses.LOSSES`` |
+    | ``beta`` | 0.1 | β > 0; usual: 0.01–0.5 with a reference, 2–10 for simpo |
+    | ``gamma_beta_ratio`` | None | mean target margin γ0 in units of β; or |
+    | ``simpo_gamma`` | None | γ0 itself; both None: 0.5. Only simpo and ``margin: gamma`` have a target |
+    | ``margin`` | fixed | fixed, or gamma: each pair's own target (γ-PO) |
+    | ``gamma_tau`` | 10 | τ > 0 of γ-PO: the larger, the closer every γ stays to γ0 |
+    | ``gamma_scope`` | queue | pairs that γ is solved over: queue (recent gaps and this micro-step's) or batch (this micro-step's, all ranks) |
+    | ``gamma_solver`` | exact | exact, or mirror: the authors' 20 steps |
+    | ``gamma_queue_size`` | 2048 | gaps that the queue holds |
+    | ``gamma_sample_size`` | 256 | pairs in one solve: the current ones and draws from the queue |
+    | ``label_smoothing`` | 0 | ε in [0, 1/2), share of labels taken to be flipped |
+    | ``sft_weight`` | None | weight of the SFT term; None: the loss's own (1 for cpo and orpo, else 0) |
+    | ``loss_kwargs`` | None | options of one loss alone, e.g. ``rdpo_alpha``, ``discopop_tau`` |
+    | ``backward`` | auto | of the log-probs: auto or exact |
+    | ``precompute_ref_log_probs`` | False | compute the reference's log-probs once, before training, and cache them on disk |
+    | ``disable_dropout`` | True | no dropout anywhere in the policy |
+    | ``router_aux_loss_coef`` | None | weight of a mixture-of-experts model's load-balancing loss; None: the model's own, 0: none |
+    | ``peft`` | None | fields of ``peft.LoraConfig``; {}: its defaults |
+    | ``plot_loss`` | False | write a PNG of the logged curves into ``output_dir`` at the end |
+
+    Defaults that differ from ``TrainingArguments``: ``learning_rate`` 1e-6, ``num_train_epochs`` 1,
+    ``logging_steps`` 10, ``logging_nan_inf_filter`` False (a loss that is not finite stops the run),
+    ``bf16`` None: on where CUDA has it and ``fp16`` is off. ``resume_from_checkpoint`` is a checkpoint directory,
+    or ``auto``: the newest complete one in ``output_dir``, a fresh start if there is none.
+
+    Micro-steps: gradient accumulation equals one large batch for every loss that is a mean over pairs. Terms that
+    couple the pairs of a batch are taken per micro-step over all ranks, as their authors do: γ, the losses with
+    ``fastpo.losses.LOSSES[name].batch_coupled``, an SFT term's token mean, a router's load-balancing loss.
+
+    Raises:
+        TypeError: an option in ``loss_kwargs`` that the loss does not have.
+        ValueError: a setting out of range, or two that exclude each other; the message names it.
+    """
+
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "loss_kwargs",
+        "peft",
+    ]
+
+    learning_rate: float = _setting(1e-6, "Initial learning rate.")
+    num_train_epochs: float = _setting(1.0, "Passes over the training pairs.")
+    logging_steps: float = _setting(10, "Optimiser steps between two log lines.")
+    logging_nan_inf_filter: bool = _setting(
+        False, "Must stay false: a bad loss stops training and is never averaged away."
+    )
+    bf16: bool | None = _setting(None, "bfloat16 mixed precision; unset: where CUDA has it.")
+
+    model_name_or_path: str | None = _setting(
+        None, "Checkpoint directory or Hub name of the policy."
+    )
+    ref_model_name_or_path: str | None = _setting(
+        None, "Reference model; unset: the policy before training."
+    )
+    tokenizer_name_or_path: str | None = _setting(None, "Unset: the model's own tokenizer.")
+    chat_template: str | None = _setting(None, "Jinja chat template, or a file that holds it.")
+    trust_remote_code: bool = _setting(False, "Run Python code that comes with a model.")
+    dtype: str = _setting("float32", "Of the loaded weights: float32, bfloat16, float16, auto.")
+    attn_implementation: str | None = _setting(None, "sdpa, eager, flash_attention_2, …")
+    model_init_kwargs: dict[str, Any] | str | None = _setting(
+        None, "Further keywords of from_pretrained, for policy and reference."
+    )
+    dataset: str | None = _setting(None, "File, directory or Hub name of the training pairs.")
+    eval_dataset: str | None = _setting(None, "File, directory or Hub name of evaluation pairs.")
+    dataset_split: str | None = _setting(None, "Split of dataset; unset: train, or the only one.")
+    eval_dataset_split: str | None = _setting(None, "Split of eval_dataset.")
+    dataset_num_proc: int | None = _setting(None, "Processes that tokenise.")
+    max_length: int | None = _setting(1024, "Tokens of prompt and answer together.")
+    max_prompt_length: int | None = _setting(
+        None, "Tokens of a prompt; a longer one keeps its end."
+    )
+    loss_type: str = _setting("dpo", "A name of fastpo.losses.LOSSES.")
+    beta: float = _setting(0.1, "β > 0.")
+    gamma_beta_ratio: float | None = _setting(None, "Mean target margin γ0 in units of β.")
+    simpo_gamma: float | None = _setting(None, "Mean target margin γ0 itself.")
+    margin: str = _setting("fixed", "fixed, or gamma: each pair's own target margin (γ-PO).")
+    gamma_tau: float = _setting(10.0, "τ > 0 of γ-PO.")
+    gamma_scope: str = _setting("queue", "Pairs that γ is solved over: queue or batch.")
+    gamma_solver: str = _setting("exact", "exact or mirror.")
+    gamma_queue_size: int = _setting(2048, "Gaps that the queue holds.")
+    gamma_sample_size: int = _setting(256, "Pairs in one solve.")
+    label_smoothing: float = _setting(0.0, "ε in [0, 1/2), share of labels taken to be flipped.")
+    sft_weight: float | None = _setting(None, "Weight of the SFT term; unset: the loss's own.")
+    loss_kwargs: dict[str, Any] | str | None = _setting(None, "Options of one loss alone.")
+    backward: str = _setting("auto", "Of the log-probs: auto or exact.")
+    precompute_ref_log_probs: bool = _setting(
+        False, "Compute the reference's log-probs once and cache them on disk."
+    )
+    disable_dropout: bool = _setting(True, "No dropout anywhere in the policy.")
+    router_aux_loss_coef: float | None = _setting(
+        None, "Weight of a mixture-of-experts model's load-balancing loss; unset: its own."
+    )
+    peft: dict[str, Any] | str | None = _setting(None, "Fields of peft.LoraConfig.")
+    plot_loss: bool = _setting(False, "Write a PNG of the logged curves at the end.")
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = (
+                not self.fp16
+                and not self.use_cpu
+                and torch.cuda.is_available()
+                and torch.cuda.is_bf16_supported()
+            )
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
+        # transformers ≥ 5.19 renames these two; recipes keep the name that every version understands.
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            new = old.replace("gradient", "activation")
+            if getattr(self, new, False) is None:
+                setattr(self, new, getattr(self, old))
+        super().__post_init__()
+        self._check()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with a reference model."""
+        return find_loss(self.loss_type).needs_reference
+
+    def _check(self) -> None:
+        for name, choices in (
+            ("dtype", DTYPES),
+            ("margin", MARGINS),
+            ("backward", BACKWARDS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}"
+                )
+        for name in ("max_length", "max_prompt_length", "dataset_num_proc"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}: got {value!r}, expected an integer ≥ 1, or None")
+        if self.max_length and self.max_prompt_length and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length: got {self.max_prompt_length}, expected less than max_length "
+                f"({self.max_length}): no room is left for an answer"
+            )
+        for name in ("model_init_kwargs", "loss_kwargs", "peft"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a mapping")
+        if _credentials(self.model_init_kwargs or {}):
+            raise ValueError(
+                "model_init_kwargs: holds a credential; log in with `hf auth login` or set HF_TOKEN instead"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: got {self.label_smoothing_factor}, which is not for preference losses; "
+                "expected 0 (label_smoothing is the share of flipped labels)"
+            )
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy: got 'batch_rebalance', whose micro-steps differ in pairs between "
+                "ranks; expected random, sequential or group_by_length"
+            )
+        if self.use_liger_kernel:
+            # The log-probs come from fastpo's own operation; Liger's loss would replace the model's forward.
+            self.liger_kernel_config = {
+                **(self.liger_kernel_config or {}),
+                "fused_linear_cross_entropy": False,
+                "cross_entropy": False,
+            }
+        if self.logging_nan_inf_filter:
+            raise ValueError(
+                "logging_nan_inf_filter: got True, expected False: a loss that is not finite stops training"
+            )
+        if self.router_aux_loss_coef is not None and not self.router_aux_loss_coef >= 0:
+            raise ValueError(
+                f"router_aux_loss_coef: got {self.router_aux_loss_coef}, expected a number ≥ 0"
+            )
+        build_loss(self)  # checks what belongs to the loss
+        if not self.needs_reference and (
+            self.precompute_ref_log_probs or self.ref_model_name_or_path
+        ):
+            warnings.warn(
+                f"loss {self.loss_type!r} uses no reference: ref_model_name_or_path and "
+                "precompute_ref_log_probs have no effect",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def build_loss(config: PreferenceConfig, group: ProcessGroup | None = None) -> PreferenceLoss:
+    """The loss module that a configuration describes.
+
+    Args:
+        config: the run's settings.
+        group: ranks over which γ and batch-coupled terms are taken; None: this process alone.
+
+    Raises:
+        TypeError, ValueError: as :class:`fastpo.PreferenceLoss` and :class:`fastpo.DynamicMargin` raise them.
+    """
+    margin = None
+    if config.margin == "gamma":
+        margin = DynamicMargin(
+            config.gamma_tau,
+            scope=config.gamma_scope,
+            queue_size=config.gamma_queue_size,
+            sample_size=config.gamma_sample_size,
+            solver=config.gamma_solver,
+            seed=config.seed,
+            group=group,
+        )
+    return PreferenceLoss(
+        config.loss_type,
+        beta=config.beta,
+        gamma_beta_ratio=config.gamma_beta_ratio,
+        simpo_gamma=config.simpo_gamma,
+        label_smoothing=config.label_smoothing,
+        sft_weight=config.sft_weight,
+        margin=margin,
+        backward=config.backward,
+        group=group,
+        **(config.loss_kwargs or {}),
+    )
+
+
+LOSS_FIELDS = (
+    "loss_type",
+    "beta",
+    "gamma_beta_ratio",
+    "simpo_gamma",
+    "margin",
+    "gamma_tau",
+    "gamma_scope",
+    "gamma_solver",
+    "gamma_queue_size",
+    "gamma_sample_size",
+    "label_smoothing",
+    "sft_weight",
+    "loss_kwargs",
+)  # what a checkpoint records: a run resumed with another loss would be two runs mixed
+
+
+def save_config(config: PreferenceConfig, path: Path) -> None:
+    """Write the settings of a run as YAML that ``fastpo train --config`` takes, without credentials.
+
+    Every field of fastpo's own is there, of ``TrainingArguments``' those that differ from their default.
+    """
+    import transformers
+
+    from fastpo.version import __version__
+
+    own = PreferenceConfig.__annotations__
+    values = {
+        f.name: _plain(getattr(config, f.name))
+        for f in fields(config)
+        if f.init
+        and (f.name in own or _plain(getattr(config, f.name)) != _default(f))
+        and f.name not in _NOT_SAVED
+        and not _CREDENTIAL.search(f.name)
+    }
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    versions = (
+        f"fastpo {__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    )
+    path.write_text(f"# {versions}\n{_URL_LOGIN.sub('://', text)}", encoding="utf-8")
+
+
+# The launcher's business, and names that older transformers lack (their gradient_* twins hold the same).
+_NOT_SAVED = ("local_rank", "activation_checkpointing", "activation_checkpointing_kwargs")
+_CREDENTIAL = re.compile(r"(^|_)(token|password|secret|api_key)$")
+_URL_LOGIN = re.compile(r"://[^/\s@]+@")
+
+
+def _credentials(mapping: dict[str, Any]) -> list[str]:
+    return [key for key in mapping if _CREDENTIAL.search(key)]
+
+
+def _default(f: Any) -> Any:
+    return _plain(f.default_factory() if f.default_factory is not MISSING else f.default)
+
+
+def _plain(value: Any) -> Any:
+    """YAML types alone, mappings without their credentials."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {
+            str(k): _plain(v)
+            for k, v in value.items()
+            if not (isinstance(k, str) and _CREDENTIAL.search(k))
+        }
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "to_dict"):
+        return _plain(value.to_dict())
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

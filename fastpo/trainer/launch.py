@@ -1,0 +1,92 @@
+"""``train(config)``: a whole job, from a checkpoint directory and a preference file to a trained checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import set_seed
+
+from fastpo.data import load_preferences
+
+from .checkpoint import find_resume_point, write_atomically
+from .config import PreferenceConfig, save_config
+from .model import add_adapter, checked_name, load_model, load_tokenizer
+from .trainer import PreferenceTrainer
+
+if TYPE_CHECKING:
+    import datasets
+
+CONFIG_FILE = "fastpo_config.yaml"
+DATA_REPORT_FILE = "data_report.json"
+
+
+def train(config: PreferenceConfig) -> PreferenceTrainer:
+    """Run the job that ``config`` describes.
+
+    What ``output_dir`` holds afterwards: the model and the tokenizer, as ``from_pretrained`` loads them (under
+    ``peft`` the adapter); ``fastpo_config.yaml``, the resolved settings without credentials; ``data_report.json``,
+    what became of the data sets' rows; ``train_results.json``, ``eval_results.json`` and ``all_results.json``;
+    ``trainer_state.json`` with everything that was logged; with ``plot_loss`` ``training.png``; and the
+    checkpoints that ``save_strategy`` asks for.
+
+    Returns:
+        The trainer, after training.
+
+    Raises:
+        FileNotFoundError: a model or data path that does not exist.
+        FloatingPointError: a loss that is not finite (see :meth:`PreferenceTrainer.train`).
+        ValueError: settings, a model directory, a data set or an ``output_dir`` that cannot be used.
+    """
+    # What can go wrong is found before a large model is loaded.
+    if not config.dataset:
+        raise ValueError(f"dataset: got {config.dataset!r}, expected a file, directory or Hub name")
+    find_resume_point(Path(config.output_dir), config.resume_from_checkpoint)
+    needs_reference = config.needs_reference
+    for field in ("model_name_or_path", "ref_model_name_or_path"):
+        if field == "model_name_or_path" or (getattr(config, field) and needs_reference):
+            checked_name(config, field)
+    train_dataset = load_preferences(config.dataset, split=config.dataset_split)
+    eval_dataset: datasets.Dataset | None = None
+    if config.eval_dataset:
+        eval_dataset = load_preferences(config.eval_dataset, split=config.eval_dataset_split)
+
+    set_seed(config.seed)
+    tokenizer = load_tokenizer(config)
+    model = load_model(config)
+    if config.peft is not None:
+        model = add_adapter(model, config.peft)
+    ref_model = None
+    if config.ref_model_name_or_path and needs_reference:
+        ref_model = load_model(config, "ref_model_name_or_path")
+    trainer = PreferenceTrainer(
+        model,
+        config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        ref_model=ref_model,
+    )
+    if trainer.is_world_process_zero():
+        _write_account(trainer, Path(config.output_dir))
+
+    result = trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+    if eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    return trainer
+
+
+def _write_account(trainer: PreferenceTrainer, output_dir: Path) -> None:
+    """The resolved settings and what became of the rows, also printed."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    save_config(trainer.args, output_dir / CONFIG_FILE)
+    reports = {name: report.to_dict() for name, report in trainer.data_reports.items()}
+    write_atomically(
+        output_dir / DATA_REPORT_FILE, json.dumps(reports, indent=1, ensure_ascii=False).encode()
+    )
+    for report in trainer.data_reports.values():
+        print(report)

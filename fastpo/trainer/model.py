@@ -1,0 +1,153 @@
+"""Loading models and tokenizers, and making a model ready for preference training."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .checkpoint import model_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .config import PreferenceConfig
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_model(config: PreferenceConfig, field: str = "model_name_or_path") -> PreTrainedModel:
+    """The causal LM that a field of the configuration names.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: no name, or a directory that is not a checkpoint.
+    """
+    name = checked_name(config, field)
+    arguments: dict[str, Any] = {
+        "dtype": config.dtype,
+        "trust_remote_code": config.trust_remote_code,
+        **(config.model_init_kwargs or {}),
+    }
+    if config.attn_implementation is not None:
+        arguments["attn_implementation"] = config.attn_implementation
+    return AutoModelForCausalLM.from_pretrained(name, **arguments)
+
+
+def load_tokenizer(config: PreferenceConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer with the configuration's chat template; without a pad token, EOS pads.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded.
+    """
+    name = config.tokenizer_name_or_path or checked_name(config, "model_name_or_path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"tokenizer_name_or_path: no tokenizer could be loaded from {name}: {error}"
+        ) from error
+    if config.chat_template is not None:
+        tokenizer.chat_template = _text_or_file(config.chat_template)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def checked_name(config: PreferenceConfig, field: str) -> str:
+    """The model name in a field, after a look at the directory if it is one.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: no name, or a directory that is not a checkpoint.
+    """
+    name: str | None = getattr(config, field)
+    if not name:
+        raise ValueError(f"{field}: got {name!r}, expected a checkpoint directory or a Hub name")
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
+            raise FileNotFoundError(f"{field}: {name} is not a directory")
+        return name
+    present = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    if (path / _ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{field}: {name} is a PEFT adapter, expected a whole model; merge it into its base first "
+            "(merge_and_unload of peft)"
+        )
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{field}: {name} is not a checkpoint: it has no config.json (it holds {present})"
+        )
+    if not model_files(path):
+        raise ValueError(
+            f"{field}: {name} is not a checkpoint: it has no weights, model.safetensors or the like "
+            f"(it holds {present})"
+        )
+    return str(path)
+
+
+def add_adapter(model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
+    """``model`` inside a PEFT model with a fresh LoRA adapter.
+
+    Args:
+        model: the base, which is frozen.
+        settings: fields of ``peft.LoraConfig``.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: a field that ``LoraConfig`` does not have (the nearest one is named).
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("peft: needs the package peft (pip install fastpo[peft])") from error
+    known = [f.name for f in dataclasses.fields(LoraConfig) if f.init]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"peft: LoraConfig has no field {name!r}, did you mean {near!r}?")
+    return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether ``model`` carries an adapter that can be switched off."""
+    return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability in ``model`` to 0: modules, and the numbers that layers keep for themselves."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
+
+
+def router_coefficient(model: PreTrainedModel, wanted: float | None) -> float:
+    """Weight of the load-balancing loss: ``wanted``, else the model's own; 0 for a dense model.
+
+    Raises:
+        ValueError: a weight for a model that is no mixture of experts.
+    """
+    config = model.config.get_text_config()
+    if not hasattr(config, "output_router_logits"):
+        if wanted:
+            raise ValueError(
+                f"router_aux_loss_coef: got {wanted}, but {type(model).__name__} is no mixture of experts "
+                "with router logits; expected None or 0"
+            )
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", 0.0) if wanted is None else wanted)
+
+
+def _text_or_file(template: str) -> str:
+    is_text = "{" in template or "\n" in template
+    if not is_text and not Path(template).expanduser().is_file():
+        raise ValueError(f"chat_template: {template} is neither a Jinja template nor a file")
+    return template if is_text else Path(template).expanduser().read_text(encoding="utf-8")

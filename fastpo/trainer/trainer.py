@@ -1,0 +1,533 @@
+"""``PreferenceTrainer``: transformers' Trainer on preference pairs, its loss computed without logits."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import logging
+
+from fastpo.data import DataReport, PreferenceCollator, tokenize_preferences
+from fastpo.head import FusedHead
+from fastpo.head.causal_lm import find_causal_lm
+from fastpo.losses import PreferenceOutput
+
+from . import reference
+from .checkpoint import (
+    STATE_FILE,
+    RunState,
+    checkpoints,
+    find_resume_point,
+    load_run_state,
+    save_run_state,
+)
+from .config import LOSS_FIELDS, PreferenceConfig, build_loss
+from .metrics import MetricWindow
+from .model import disable_dropout, is_peft_model, router_coefficient
+from .plots import PlotCallback
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "row")
+ROWS_NAMED = 16  # data rows that an error message lists
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class _MicroStep:
+    """What is kept of a forward and backward until its optimiser step, all detached."""
+
+    output: PreferenceOutput  # its loss with a router's auxiliary loss
+    rows: Tensor  # (B,) rows of the data set
+    tokens: Tensor  # (), input tokens
+
+
+class PreferenceTrainer(Trainer):
+    """Trains a causal language model on preference pairs with any loss of ``fastpo.losses.LOSSES``.
+
+    Args:
+        model: a causal LM of transformers, or a PEFT model around one.
+        args: the run's settings.
+        train_dataset: rows of :func:`fastpo.data.load_preferences`, or already tokenised ones
+            (:func:`fastpo.data.tokenize_preferences`); with the columns ``ref_chosen_logps`` and
+            ``ref_rejected_logps`` (nats, summed) no reference model is needed.
+        eval_dataset: the same, or a mapping of names to such data sets.
+        processing_class: the tokenizer.
+        ref_model: the reference. None: under PEFT the base model without its adapter, else a frozen copy of
+            ``model`` as it is now.
+        callbacks, optimizers: as for ``transformers.Trainer``.
+
+    Attributes:
+        data_reports: what became of the rows of each data set that was tokenised here, by name.
+        loss_module: the :class:`fastpo.PreferenceLoss`.
+
+    Metrics have TRL's names and are means over all pairs since the last log line, on all ranks; in evaluation over
+    all pairs of the set. ``num_tokens`` is the running total of input tokens, ``gamma/min`` and ``gamma/max`` are
+    the extremes of γ. Means over tokens (``entropy``, ``mean_token_accuracy``, ``logits/*``) are taken per
+    micro-step and then weighted by its pairs.
+
+    Raises:
+        TypeError: ``args`` is no ``PreferenceConfig``, or ``model`` no model of transformers.
+        ValueError: an encoder-decoder or multimodal model, a data set without usable rows, settings that the
+            model does not allow.
+    """
+
+    # The loss is the mean over a micro-step's pairs; transformers divides it by the number of micro-steps.
+    # Before transformers 5.19 that follows from model_accepts_loss_kwargs, set below.
+    loss_is_scaled_for_ga = False
+
+    args: PreferenceConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: PreferenceConfig,
+        *,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | Mapping[str, datasets.Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase,
+        ref_model: PreTrainedModel | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if not isinstance(args, PreferenceConfig):
+            raise TypeError(f"args: got {type(args).__name__}, expected a PreferenceConfig")
+        core, _ = find_causal_lm(model)
+        self.router_coefficient = router_coefficient(core, args.router_aux_loss_coef)
+        if args.disable_dropout:
+            disable_dropout(model)
+        if args.n_gpu > 1:
+            logger.warning(
+                f"one process sees {args.n_gpu} GPUs and uses only the first; `accelerate launch` uses all"
+            )
+            args._n_gpu = 1
+
+        self.data_reports: dict[str, DataReport] = {}
+        train_dataset = self._tokenized(train_dataset, "train", args, processing_class)
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {
+                name: self._tokenized(rows, name, args, processing_class)
+                for name, rows in eval_dataset.items()
+            }
+        else:
+            eval_dataset = self._tokenized(eval_dataset, "eval", args, processing_class)
+        pad = processing_class.pad_token_id
+        super().__init__(
+            model,
+            args,
+            data_collator=PreferenceCollator(processing_class.eos_token_id if pad is None else pad),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[*([PlotCallback()] if args.plot_loss else []), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False
+        distributed = self.accelerator.num_processes > 1
+        self.loss_module = build_loss(args, dist.group.WORLD if distributed else None)
+        self.loss_module.to(args.device)
+        self._tokens_trained = 0  # by this rank
+        self._window = MetricWindow()
+        self._eval_window = MetricWindow()
+        self._micro_steps: list[_MicroStep] = []
+        self._mean_pairs: float | None = None  # pairs per micro-step of the current optimiser step
+        self.ref_model = self._prepare_models(ref_model)
+        if self._lacks_reference() and args.precompute_ref_log_probs:
+            self._precompute_reference()
+
+    # ---- Data ----
+
+    def _tokenized(
+        self,
+        rows: datasets.Dataset | None,
+        name: str,
+        args: PreferenceConfig,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> datasets.Dataset | None:
+        """Token ids of rows of text; rows that are tokenised already as they are."""
+        if rows is None:
+            return None
+        if not set(TOKEN_COLUMNS) <= set(getattr(rows, "column_names", ())):
+            rows, self.data_reports[name] = tokenize_preferences(
+                rows,
+                tokenizer,
+                max_length=args.max_length,
+                max_prompt_length=args.max_prompt_length,
+                num_proc=args.dataset_num_proc,
+                source=name,
+            )
+        if args.train_sampling_strategy == "group_by_length":
+            lengths = [
+                len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+                for row in rows
+            ]
+            rows = rows.add_column(args.length_column_name, lengths)
+        return rows
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The collator reads these columns, not the model's arguments."""
+        self._signature_columns = [
+            *TOKEN_COLUMNS,
+            *reference.COLUMNS,
+            self.args.length_column_name,
+        ]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # DeepSpeed would have these sums cast to the model's dtype.
+        ref_logps = inputs.get("ref_logps")
+        prepared = super()._prepare_inputs(inputs)
+        if ref_logps is not None:
+            prepared["ref_logps"] = ref_logps.to(self.args.device)
+        return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Any]:
+        """The micro-steps of one optimiser step; how many pairs they hold on average decides their weights."""
+        self._micro_steps = []
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self._mean_pairs = sum(len(batch["rows"]) for batch in batches) / len(batches)
+        return batches, items
+
+    # ---- Reference ----
+
+    def _prepare_models(self, ref_model: PreTrainedModel | None) -> PreTrainedModel | None:
+        """Put the fused heads in place; the frozen reference, if one is run live."""
+        args, policy = self.args, self.model
+        if not self._lacks_reference():
+            ref_model = None
+        elif ref_model is None and not is_peft_model(policy) and not args.precompute_ref_log_probs:
+            ref_model = copy.deepcopy(policy)
+        FusedHead(policy, return_stats=True, backward=args.backward).install()
+        if ref_model is not None:
+            find_causal_lm(ref_model)
+            ref_model.to(args.device).eval().requires_grad_(False)
+            FusedHead(ref_model, backward=args.backward).install()
+        if args.use_liger_kernel:
+            # Here, so that policy and reference round alike; transformers' train() would do the policy alone.
+            for model in filter(None, (policy, ref_model)):
+                apply_liger_kernel(model, args.liger_kernel_config)
+        return ref_model
+
+    def _lacks_reference(self) -> bool:
+        """Whether the loss needs reference log-probs that not all data sets hold."""
+        return self.loss_module.spec.needs_reference and not all(
+            set(reference.COLUMNS) <= set(rows.column_names) for rows in self._datasets().values()
+        )
+
+    def _datasets(self) -> dict[str, datasets.Dataset]:
+        """All data sets by name; None is left out."""
+        evaluation = self.eval_dataset
+        if not isinstance(evaluation, Mapping):
+            evaluation = {"eval": evaluation}
+        named = {"train": self.train_dataset, **evaluation}
+        return {name: rows for name, rows in named.items() if rows is not None}
+
+    def _reference_logps(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(2B,) float64."""
+        with self.accelerator.autocast():
+            if self.ref_model is not None:
+                return reference.reference_logps(self.ref_model, batch)
+            if not is_peft_model(self.model):
+                raise ValueError(
+                    f"loss {self.args.loss_type!r} needs reference log-probs, which this data set lacks "
+                    "(they were precomputed for the others)"
+                )
+            with reference.base_model(self.model):
+                return reference.reference_logps(self.model, batch)
+
+    def _precompute_reference(self) -> None:
+        """Add the reference's log-probs to all data sets, and let go of its model."""
+        frozen = self.ref_model
+        if frozen is None and not is_peft_model(self.model):
+            frozen = self.ref_model = self.model  # not trained yet
+        self.model.eval()
+        completed = {
+            name: reference.with_reference_logps(
+                rows,
+                self._reference_logps,
+                reference_hash=reference.model_hash(self.model if frozen is None else frozen),
+                precision=self.accelerator.mixed_precision,
+                collator=self.data_collator,
+                batch_size=self.args.per_device_eval_batch_size,
+                accelerator=self.accelerator,
+                progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+            )
+            for name, rows in self._datasets().items()
+        }
+        self.ref_model = None
+        self.train_dataset = completed.pop("train", None)
+        if isinstance(self.eval_dataset, Mapping):
+            self.eval_dataset = completed
+        else:
+            self.eval_dataset = completed.get("eval")
+
+    # ---- Loss ----
+
+    def _score(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> PreferenceOutput:
+        """The loss of one micro-step, a router's auxiliary loss included."""
+        labels = inputs["completion_labels"]
+        ref_logps = inputs.get("ref_logps")
+        if ref_logps is None and self.loss_module.spec.needs_reference:
+            ref_logps = self._reference_logps(inputs)
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=labels,
+            use_cache=False,
+            **({"output_router_logits": True} if self.router_coefficient else {}),
+        )
+        self.loss_module.train(model.training)
+        result = self.loss_module.from_token_logps(
+            outputs.log_probs, labels, ref_logps=ref_logps, stats=outputs.token_stats
+        )
+        if self.router_coefficient:
+            result.token_means["aux_loss"] = outputs.aux_loss.detach()
+            result.loss = result.loss + self.router_coefficient * outputs.aux_loss
+        return result
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor | tuple[Tensor, PreferenceOutput]:
+        """The mean loss of the batch's pairs; in training weighted by how many they are.
+
+        With the weight, the mean over the micro-steps of an optimiser step is the mean over its pairs, also where
+        the last micro-step of an epoch is smaller.
+        """
+        result = self._score(model, inputs)
+        loss = result.loss
+        if model.training:
+            pairs = len(inputs["rows"])
+            if self._mean_pairs is not None:
+                loss = loss * (pairs / self._mean_pairs)
+            tokens = inputs["attention_mask"].sum()
+            self._micro_steps.append(_MicroStep(_detached(result), inputs["rows"], tokens))
+        return (loss, result) if return_outputs else loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Transformers' last call before the optimiser step: read the metrics, and stop if a number is bad."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._stop_if_not_finite(grad_norm)
+        for step in self._micro_steps:
+            self._window.add(_metrics(step.output), len(step.rows))
+            self._tokens_trained += int(step.tokens)
+        self._micro_steps = []
+        return grad_norm
+
+    def _stop_if_not_finite(self, grad_norm: Any) -> None:
+        """Raise FloatingPointError on all ranks if a loss or the gradient of any is not finite."""
+        problem = self._problem(grad_norm)
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor([problem is not None], device=self.args.device)
+            if not self.accelerator.gather(flag).any():
+                return
+            found = gather_object([problem])
+            problem = "; ".join(f"rank {rank}: {p}" for rank, p in enumerate(found) if p)
+        if not problem:
+            return
+        saved = checkpoints(Path(self.args.output_dir))
+        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"training stopped before optimiser step {self.state.global_step + 1}: {problem}. "
+            f"No weight was changed by it; {last}"
+        )
+
+    def _problem(self, grad_norm: Any) -> str | None:
+        """What is not finite on this rank, in which micro-step and data rows."""
+        count = len(self._micro_steps)
+        for k, step in enumerate(self._micro_steps, start=1):
+            loss = float(step.output.loss)
+            if not math.isfinite(loss):
+                bad = ~step.output.losses.isfinite()
+                rows = step.rows[bad] if bad.any() else step.rows
+                return (
+                    f"the loss is {loss} in micro-step {k} of {count}, data rows {_listed([rows])}"
+                )
+        # Under float16 an overflow is found and skipped by the gradient scaler.
+        if getattr(self.accelerator, "scaler", None) is None and grad_norm is not None:
+            norm = float(grad_norm)
+            if not math.isfinite(norm):
+                rows = _listed([step.rows for step in self._micro_steps])
+                return f"the loss is finite but the gradient's norm is {norm}, data rows {rows}"
+        return None
+
+    # ---- Evaluation ----
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The loss of one evaluation batch; its metrics are kept for :meth:`evaluation_loop`."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            result = self._score(model, inputs)
+        pairs = self._own_pairs(len(inputs["rows"]))
+        if pairs:
+            self._eval_window.add(_metrics(_first(result, pairs)), pairs)
+        return result.loss.detach(), None, None
+
+    def _own_pairs(self, pairs: int) -> int:
+        """How many of a batch's pairs count: the last batches of several ranks are filled up with repeated ones."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return pairs
+        return min(max(state.remainder - self.accelerator.process_index * pairs, 0), pairs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Transformers' loop, with the means over all pairs of the set in its metrics."""
+        self._eval_window = MetricWindow()
+        output = super().evaluation_loop(
+            dataloader, description, True, ignore_keys, metric_key_prefix
+        )
+        means = self._eval_window.over_ranks().means()
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in means.items()})
+        return output
+
+    # ---- Logging and checkpoints ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; a line of training gets the metrics since the last one."""
+        if "loss" in logs:
+            logs.update(self._window.over_ranks().means())
+            logs["num_tokens"] = self._total_tokens()
+            self._window = MetricWindow()
+        super().log(logs, start_time)
+
+    def _total_tokens(self) -> int:
+        return sum(gather_object([self._tokens_trained]))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train, or go on from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint directory; True: the newest complete one in ``output_dir``;
+                ``"auto"``: the same, or a fresh start if there is none; None: what ``args`` says; False: a fresh
+                start.
+            kwargs: as for ``transformers.Trainer.train``.
+
+        Raises:
+            FloatingPointError: a loss or gradient was not finite; names the step and the data rows.
+            ValueError: ``output_dir`` already holds a run; a directory that cannot be resumed from, or was
+                trained with another loss.
+        """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        checkpoint = find_resume_point(Path(self.args.output_dir), resume_from_checkpoint)
+        self._tokens_trained = 0
+        self._window = MetricWindow()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        resume = None if checkpoint is None else str(checkpoint)
+        return super().train(resume_from_checkpoint=resume, **kwargs)
+
+    def _restore(self, checkpoint: Path) -> None:
+        state = load_run_state(checkpoint)
+        settings = self._loss_settings()
+        changed = [
+            f"{name} {state.settings.get(name)!r} → {value!r}"
+            for name, value in settings.items()
+            if state.settings.get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} was trained with another loss ({', '.join(changed)}); "
+                "start a run of its own with model_name_or_path instead"
+            )
+        self.loss_module.load_state_dict(state.tensors)
+        if self.is_world_process_zero():  # sums over all ranks; the others start from nothing
+            self._tokens_trained = state.num_tokens
+            self._window = MetricWindow(state.window)
+
+    def _loss_settings(self) -> dict[str, Any]:
+        return {name: getattr(self.args, name) for name in LOSS_FIELDS}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Overwriting what a killed run left behind: until it is complete again it must not look so.
+        directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (directory / STATE_FILE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """After the model and the optimiser, before old checkpoints are deleted: the rest of the run's state."""
+        super()._save_rng_state(output_dir)
+        state = RunState(
+            settings=self._loss_settings(),
+            num_tokens=self._total_tokens(),
+            window=self._window.over_ranks().state,
+            tensors=self.loss_module.state_dict(),
+        )
+        if self.args.should_save:
+            save_run_state(Path(output_dir), state)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        # Transformers pickles its arguments beside the weights, the Hub token among them.
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super()._save(output_dir, state_dict=state_dict)
+        finally:
+            self.args.hub_token = token
+
+
+def _metrics(output: PreferenceOutput) -> dict[str, float]:
+    metrics = {"loss": float(output.loss), **output.metrics()}
+    metrics.pop(
+        "num_tokens"
+    )  # of labelled tokens; the trainer logs the running total of input tokens
+    return metrics
+
+
+def _detached(output: PreferenceOutput) -> PreferenceOutput:
+    """Without the graph, so that it can be kept."""
+    tensors = {k: v.detach() for k, v in vars(output).items() if isinstance(v, Tensor)}
+    return replace(output, **tensors)
+
+
+def _first(output: PreferenceOutput, pairs: int) -> PreferenceOutput:
+    """The same for the first ``pairs`` pairs alone; terms that belong to no pair stay those of the batch."""
+    if pairs == len(output.losses):
+        return output
+    others = output.loss - output.losses.mean()
+    kept = {
+        name: value[:pairs]
+        for name, value in vars(output).items()
+        if isinstance(value, Tensor) and value.dim() == 1
+    }
+    return replace(output, **kept, loss=kept["losses"].mean() + others)
+
+
+def _listed(rows: list[Tensor]) -> str:
+    numbers = [n for part in rows for n in part.tolist()]
+    more = ", …" if len(numbers) > ROWS_NAMED else ""
+    return ", ".join(map(str, numbers[:ROWS_NAMED])) + more
