@@ -11,13 +11,14 @@ from typing import Any
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from fastpo.data.formats import COLUMNS, Message, check_columns, read_columns
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _SUFFIXES = (*_JSON, ".parquet")
 _SPLIT_FILE = re.compile(r"((train|test|validation|valid|val|eval|dev)(_[A-Za-z0-9_]+)?)(?=[-.]|$)")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_preferences(source: str | Path, *, split: str | None = None) -> datasets.Dataset:
@@ -57,8 +58,9 @@ def load_preferences(source: str | Path, *, split: str | None = None) -> dataset
     try:
         loaded = datasets.load_dataset(name, split=split)
     except (FileNotFoundError, ConnectionError) as error:
+        nearest = _nearest(path) if path.parent.is_dir() else ""
         raise FileNotFoundError(
-            f"no file or directory {name!r}{_nearest(path)}; and the Hub did not give a data set of that "
+            f"no file or directory {name!r}{nearest}; and the Hub did not give a data set of that "
             f"name: {error}"
         ) from error
     return _from_datasets(loaded, name, None)
@@ -111,12 +113,13 @@ def _read_directory(path: Path, split: str | None) -> datasets.Dataset:
 def _from_datasets(
     loaded: datasets.Dataset | datasets.DatasetDict, where: str, split: str | None
 ) -> datasets.Dataset:
-    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {split or "train": loaded}
+    if not isinstance(loaded, datasets.DatasetDict):
+        loaded = datasets.DatasetDict({str(loaded.split or "train"): loaded})
 
     def checked(dataset: datasets.Dataset) -> Callable[[], datasets.Dataset]:
         return lambda: _checked(dataset, where)
 
-    return _choose(where, {str(name): checked(dataset) for name, dataset in splits.items()}, split)
+    return _choose(where, {str(name): checked(dataset) for name, dataset in loaded.items()}, split)
 
 
 def _read_file(path: Path) -> datasets.Dataset:
@@ -126,10 +129,13 @@ def _read_file(path: Path) -> datasets.Dataset:
         raise ValueError(
             f"{path}: expected a file that ends in {', '.join(_SUFFIXES)}, got {path.suffix!r}"
         )
-    try:
-        return _checked(datasets.Dataset.from_parquet(str(path), keep_in_memory=True), str(path))
-    except (pa.ArrowException, OSError, datasets.exceptions.DatasetGenerationError) as error:
+    try:  # read here: `datasets` would first copy the file, with all its columns, into its cache
+        names = pq.read_schema(path).names
+        table = pq.read_table(path, columns=[name for name in COLUMNS if name in names])
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+    check_columns(names, str(path))
+    return _checked(datasets.Dataset(table), str(path))
 
 
 def _checked(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
@@ -197,6 +203,13 @@ def _storable(messages: list[Message]) -> list[Message]:
     return messages
 
 
+def _call_with_text_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    """As JSON text a call's arguments keep their own nulls, which read_columns takes for Arrow's."""
+    if isinstance(value.get("name"), str) and isinstance(value.get("arguments"), dict):
+        value["arguments"] = json.dumps(value["arguments"])
+    return value
+
+
 def _as_json(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value)
 
@@ -212,12 +225,12 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             return
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"{path}, line {number}", _parse(line, str(path), number)
+                yield f"{path}, line {number}", _parse(line.rstrip(), str(path), number)
 
 
 def _parse(text: bytes, path: str, line: int) -> Any:
     try:
-        value = json.loads(text.decode("utf-8-sig"))
+        value = json.loads(text.decode("utf-8-sig"), object_hook=_call_with_text_arguments)
         if b"\\ud" in text.lower():  # an escaped half of a surrogate pair is valid JSON but no text
             json.dumps(value, ensure_ascii=False).encode()
         return value
