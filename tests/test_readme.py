@@ -1,0 +1,66 @@
+"""The README is true: its snippets run, its table lists every loss, its recipe and commands work as written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastpo.losses import LOSSES
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+@pytest.mark.parametrize("index", range(len(blocks("python"))))
+def test_python_snippets_run(index: int, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(blocks("python")[index], f"README python {index}", "exec"), {})
+
+
+def test_commands_run_in_order_on_the_yaml_as_written(tmp_path: Path) -> None:
+    (recipe,) = blocks("yaml")
+    name = re.match(r"# (\S+\.yaml)\n", recipe)[1]
+    (tmp_path / name).write_text(recipe, encoding="utf-8")
+    (commands,) = blocks("bash")
+    for line in commands.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "fastpo"
+        done = subprocess.run(
+            [sys.executable, "-m", "fastpo.cli", *arguments],
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert list((tmp_path / "runs/gamma-simpo").glob("*.png"))
+    assert (tmp_path / "runs/gamma-simpo/model.safetensors").is_file()
+
+
+def test_make_lines_are_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lines = blocks("")[0].split("\n")
+    assert lines[:2] == ["make demo", "make test"]
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_loss_table_lists_every_loss_and_says_the_truth() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.*?) \| (.*?) \|$", README, re.M)
+    assert [name for name, *_ in rows[1:]] == [n for n in LOSSES if n != "sigmoid"]
+    for name, _, reference, margin in rows[1:]:
+        loss = LOSSES[name]
+        assert (reference == "yes") == loss.needs_reference, name
+        assert margin == {"target": "target", "deviation": "γᵢ − γ₀", None: ""}[loss.margin], name
+
+
+def test_linked_pages_exist() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("http") or (ROOT / link).is_file(), link
