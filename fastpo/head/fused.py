@@ -14,7 +14,6 @@ call without labels:
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import warnings
 from collections import OrderedDict
@@ -79,7 +78,9 @@ class FusedHead:
             "return_stats": False,
             **op_kwargs,
         }
-        self.vocab, tail = probe_tail(model, self.model, self.head)
+        self.vocab, tail, output_class = probe_tail(model, self.model, self.head)
+        if output_class is not None:
+            _with_log_probs(output_class)  # made here, not under torch.compile
         self.tail = tail or Tail()
         layers = linear_layers(self.head)
         name = type(self.model).__name__
@@ -182,7 +183,7 @@ class _Patch:
         self.call: _Call | None = None
         self.head = installed.head
         self.modules = _patched_modules(installed)
-        model = installed.model
+        self.model = model = installed.model
         self.original = model.forward
         self.__wrapped__ = (
             model.forward
@@ -191,6 +192,7 @@ class _Patch:
         self.replaced = [_Replaced(model, self)]
         self.replaced += [_Replaced(m, _HeadForward(self, m, m.forward)) for m in self.modules]
         self.hook = self.head.register_forward_hook(self._take_aside)
+        self.hook_id = self.hook.id  # torch.compile cannot look into the handle
 
     def undo(self) -> None:
         self.hook.remove()
@@ -198,6 +200,8 @@ class _Patch:
             replaced.undo()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.model:  # accelerate's unwrap_model has bound it to the model
+            args = args[1:]
         named = {**dict(zip(self.parameters, args)), **kwargs}  # noqa: B905 (trailing ones not given)
         labels = named.pop("labels", None)
         if labels is None or not self.stack:
@@ -223,7 +227,7 @@ class _Patch:
                 "since FusedHead was constructed"
             )
         fields = {name: value for name, value in output.items() if name != "logits"}
-        return _output_class(type(output))(  # type: ignore[arg-type]
+        return _with_log_probs(type(output))(
             **fields, log_probs=call.log_probs, token_stats=call.token_stats
         )
 
@@ -298,8 +302,8 @@ class _Patch:
     def _keep_hook_last(self) -> None:
         # Wrappers (FSDP, DeepSpeed) that came after the installation have put their hooks behind this one.
         hooks: OrderedDict[int, Any] = self.head._forward_hooks  # type: ignore[assignment]
-        if next(reversed(hooks)) != self.hook.id:
-            hooks.move_to_end(self.hook.id)
+        if next(reversed(hooks)) != self.hook_id:
+            hooks.move_to_end(self.hook_id)
 
 
 class _HeadForward:
@@ -355,14 +359,18 @@ def _check_inputs(labels: Any, named: dict[str, Any]) -> None:
             )
 
 
-@functools.cache
-def _output_class(cls: type[ModelOutput]) -> type[ModelOutput]:
+_OUTPUT_CLASSES: dict[type[ModelOutput], type[ModelOutput]] = {}
+
+
+def _with_log_probs(cls: type[ModelOutput]) -> type[ModelOutput]:
     """``cls`` with two more fields: declared ones, so that wrappers which rebuild an output keep them."""
-    return dataclasses.make_dataclass(
-        f"{cls.__name__}WithLogProbs",
-        [
-            ("log_probs", torch.FloatTensor | None, None),
-            ("token_stats", TokenStats | None, None),
-        ],
-        bases=(cls,),
-    )
+    if cls not in _OUTPUT_CLASSES:
+        _OUTPUT_CLASSES[cls] = dataclasses.make_dataclass(
+            f"{cls.__name__}WithLogProbs",
+            [
+                ("log_probs", torch.FloatTensor | None, None),
+                ("token_stats", TokenStats | None, None),
+            ],
+            bases=(cls,),
+        )
+    return _OUTPUT_CLASSES[cls]

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 TOKENS = 3  # two rows of moderate logits, one of huge ones
 HUGE = 1e6  # saturates any softcap
@@ -41,6 +42,9 @@ class Probe(NamedTuple):
 
     vocab: int  # logits per token
     tail: Tail | None  # None: of another form
+    output_class: (
+        type[ModelOutput] | None
+    )  # what the model returns; None: it failed on the known logits
 
 
 _PROBED: WeakKeyDictionary[PreTrainedModel, tuple[Any, Probe]] = WeakKeyDictionary()
@@ -55,6 +59,7 @@ def probe_tail(model: nn.Module, core: PreTrainedModel, head: nn.Module) -> Prob
     Raises:
         RuntimeError: the forward failed, as it does on a model whose parameters are sharded elsewhere, or it
             does not call its head exactly once.
+        TypeError: its outputs are tuples.
         ValueError: the model's parameters are on the meta device.
     """
     state = _fingerprint(core)
@@ -85,21 +90,22 @@ def _run(model: nn.Module, core: PreTrainedModel, head: nn.Module) -> Probe:
 
     def known_head(*args: Any, **kwargs: Any) -> Tensor:
         made.append(original(*args, **kwargs).shape)
-        # From here on gradients are recorded: whether the result has one tells if the tail has weights of its own.
+        # Gradients are recorded from here on: a result that has one comes from a tail with weights of its own.
         torch.set_grad_enabled(True)
         return _known_logits(made[-1], device)
 
     inputs: dict[str, Any] = {"input_ids": torch.arange(TOKENS, device=device)[None]}
     if "use_cache" in inspect.signature(core.forward).parameters:
         inputs["use_cache"] = False
-    logits, failure = None, None
+    output, failure = None, None
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.random.fork_rng([device.index] if device.type == "cuda" else []))
         stack.enter_context(_evaluating(model))
         stack.enter_context(_forward_replaced(head, known_head))
         try:
-            logits = getattr(_uncompiled(model)(**inputs), "logits", None)
+            output = model(**inputs)
         except Exception as error:
             failure = error
     if not made:
@@ -118,9 +124,17 @@ def _run(model: nn.Module, core: PreTrainedModel, head: nn.Module) -> Probe:
             f"model: {name} makes logits of shapes {[tuple(shape) for shape in made]} from {TOKENS} tokens, "
             f"expected (1, {TOKENS}, V) once"
         )
-    if failure or not isinstance(logits, Tensor) or logits.shape != made[0] or logits.requires_grad:
-        return Probe(vocab, None)
-    return Probe(vocab, _fit(_known_logits(made[0], device)[0], logits.double()[0]))
+    if failure:
+        return Probe(vocab, None, None)
+    if not isinstance(output, ModelOutput):
+        raise TypeError(
+            f"model: {name} returns a {type(output).__name__}, expected a ModelOutput with logits "
+            "(config.return_dict=True)"
+        )
+    logits = output.logits
+    if logits.shape != made[0] or logits.requires_grad:
+        return Probe(vocab, None, type(output))
+    return Probe(vocab, _fit(_known_logits(made[0], device)[0], logits.double()[0]), type(output))
 
 
 def _known_logits(shape: torch.Size, device: torch.device) -> Tensor:
@@ -158,12 +172,6 @@ def _capped(limit: float, u: float, z: float) -> Tail | None:
         return None
     scale = softcap * float(torch.atanh(torch.tensor(z / softcap, dtype=torch.float64))) / u
     return Tail(scale, softcap)
-
-
-def _uncompiled(model: nn.Module) -> nn.Module:
-    """Without torch.compile, which would compile for the shapes of the probe."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 @contextmanager
