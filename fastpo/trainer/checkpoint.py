@@ -1,9 +1,9 @@
 """What fastpo adds to a checkpoint directory, and which directories may be resumed from.
 
 ``fastpo_state.safetensors`` holds the state of the loss (γ-queue, β-DPO's averages, their random generators),
-``fastpo_state.json`` everything else and the first file's hash. Both are written under a temporary name and then
-renamed. The JSON file comes last, after the model, the optimiser and the random states: a checkpoint that lacks it
-was not finished. Nothing is unpickled.
+``fastpo_state.json`` everything else and the first file's hash. Both are written under a temporary name and
+then renamed. The JSON file comes last, after the model, the optimiser and the random states: a checkpoint that
+lacks it was not finished. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def find_resume_point(output_dir: Path, resume: str | bool | None) -> Path | Non
 
     Args:
         output_dir: where the run writes.
-        resume: a checkpoint directory; True: the newest complete one in ``output_dir``; ``"auto"``: the same, or
-            a fresh start if there is none; None or False: a fresh start.
+        resume: a checkpoint directory; True: the newest one in ``output_dir``; ``"auto"``: the newest complete
+            one, a fresh start if there is none; None or False: a fresh start.
 
     Raises:
         ValueError: ``output_dir`` holds a run that would be mixed with this one, or there is nothing to resume.

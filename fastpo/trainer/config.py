@@ -7,7 +7,7 @@ import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import yaml
@@ -24,60 +24,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 MARGINS = ("fixed", "gamma")
 
 
-def _setting(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
-
-
 @dataclass
 class PreferenceConfig(TrainingArguments):
-    """Settings of a preference-optimisation run; every field of ``transformers.TrainingArguments`` beside these.
+    """Settings of a preference-optimisation run, beside every field of ``transformers.TrainingArguments``.
 
     Batch sizes count pairs: ``per_device_train_batch_size: 4`` runs 8 sequences through the model at once.
+    ``resume_from_checkpoint`` is a checkpoint directory, or ``auto``: the newest complete one in
+    ``output_dir``, a fresh start if there is none. ``use_liger_kernel`` is for the model's other layers; Liger's
+    own loss stays off. The first five fields below have another default than in ``TrainingArguments``.
 
-    | Field | Default | Meaning |
-    |---|---|---|
-    | ``model_name_or_path`` | None | checkpoint directory or Hub name of the policy's start |
-    | ``ref_model_name_or_path`` | None | reference model; None: the policy before training (under ``peft`` the base without its adapter) |
-    | ``tokenizer_name_or_path`` | None | None: the model's own |
-    | ``chat_template`` | None | Jinja text, or a file that holds it; None: the tokenizer's own |
-    | ``trust_remote_code`` | False | run Python code that comes with a model |
-    | ``dtype`` | float32 | of the loaded weights: float32, bfloat16, float16 or auto (as stored). Plain AdamW on bfloat16 weights loses small updates; ``bf16`` computes in bfloat16 from float32 weights |
-    | ``attn_implementation`` | None | sdpa, eager, flash_attention_2, …; None: the model's own choice |
-    | ``model_init_kwargs`` | None | further keywords of ``from_pretrained``, for policy and reference |
-    | ``dataset`` | None | file, directory or Hub name of the training pairs |
-    | ``eval_dataset`` | None | the same for evaluation |
-    | ``dataset_split`` | None | split of ``dataset``; None: train, or the only one |
-    | ``eval_dataset_split`` | None | split of ``eval_dataset``; None: as above |
-    | ``dataset_num_proc`` | None | processes that tokenise |
-    | ``max_length`` | 1024 | tokens of prompt and answer together; None: no limit |
-    | ``max_prompt_length`` | None | tokens of a prompt; a longer one keeps its end |
-    | ``loss_type`` | dpo | a name of ``fastpo.losses.LOSSES`` |
-    | ``beta`` | 0.1 | β > 0; usual: 0.01–0.5 with a reference, 2–10 for simpo |
-    | ``gamma_beta_ratio`` | None | mean target margin γ0 in units of β; or |
-    | ``simpo_gamma`` | None | γ0 itself; both None: 0.5. Only simpo and ``margin: gamma`` have a target |
-    | ``margin`` | fixed | fixed, or gamma: each pair's own target (γ-PO) |
-    | ``gamma_tau`` | 10 | τ > 0 of γ-PO: the larger, the closer every γ stays to γ0 |
-    | ``gamma_scope`` | queue | pairs that γ is solved over: queue (recent gaps and this micro-step's) or batch (this micro-step's, all ranks) |
-    | ``gamma_solver`` | exact | exact, or mirror: the authors' 20 steps |
-    | ``gamma_queue_size`` | 2048 | gaps that the queue holds |
-    | ``gamma_sample_size`` | 256 | pairs in one solve: the current ones and draws from the queue |
-    | ``label_smoothing`` | 0 | ε in [0, 1/2), share of labels taken to be flipped |
-    | ``sft_weight`` | None | weight of the SFT term; None: the loss's own (1 for cpo and orpo, else 0) |
-    | ``loss_kwargs`` | None | options of one loss alone, e.g. ``rdpo_alpha``, ``discopop_tau`` |
-    | ``backward`` | auto | of the log-probs: auto or exact |
-    | ``precompute_ref_log_probs`` | False | compute the reference's log-probs once, before training, and cache them on disk |
-    | ``disable_dropout`` | True | no dropout anywhere in the policy |
-    | ``router_aux_loss_coef`` | None | weight of a mixture-of-experts model's load-balancing loss; None: the model's own, 0: none |
-    | ``peft`` | None | fields of ``peft.LoraConfig``; {}: its defaults |
-    | ``plot_loss`` | False | write a PNG of the logged curves into ``output_dir`` at the end |
-
-    Defaults that differ from ``TrainingArguments``: ``learning_rate`` 1e-6, ``num_train_epochs`` 1,
-    ``logging_steps`` 10, ``logging_nan_inf_filter`` False (a loss that is not finite stops the run),
-    ``bf16`` None: on where CUDA has it and ``fp16`` is off. ``resume_from_checkpoint`` is a checkpoint directory,
-    or ``auto``: the newest complete one in ``output_dir``, a fresh start if there is none.
-
-    Micro-steps: gradient accumulation equals one large batch for every loss that is a mean over pairs. Terms that
-    couple the pairs of a batch are taken per micro-step over all ranks, as their authors do: γ, the losses with
+    Gradient accumulation equals one large batch for every loss that is a mean over pairs. Terms that couple the
+    pairs of a batch are taken per micro-step over all ranks, as their authors do: γ, the losses with
     ``fastpo.losses.LOSSES[name].batch_coupled``, an SFT term's token mean, a router's load-balancing loss.
 
     Raises:
@@ -85,67 +42,161 @@ class PreferenceConfig(TrainingArguments):
         ValueError: a setting out of range, or two that exclude each other; the message names it.
     """
 
-    _VALID_DICT_FIELDS = [
+    _VALID_DICT_FIELDS: ClassVar = [
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "loss_kwargs",
         "peft",
     ]
 
-    learning_rate: float = _setting(1e-6, "Initial learning rate.")
-    num_train_epochs: float = _setting(1.0, "Passes over the training pairs.")
-    logging_steps: float = _setting(10, "Optimiser steps between two log lines.")
-    logging_nan_inf_filter: bool = _setting(
-        False, "Must stay false: a bad loss stops training and is never averaged away."
+    learning_rate: float = field(default=1e-6, metadata={"help": "initial learning rate"})
+    num_train_epochs: float = field(
+        default=1.0, metadata={"help": "passes over the training pairs"}
     )
-    bf16: bool | None = _setting(None, "bfloat16 mixed precision; unset: where CUDA has it.")
-
-    model_name_or_path: str | None = _setting(
-        None, "Checkpoint directory or Hub name of the policy."
+    logging_steps: float = field(
+        default=10, metadata={"help": "optimiser steps between two log lines"}
     )
-    ref_model_name_or_path: str | None = _setting(
-        None, "Reference model; unset: the policy before training."
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "stays false: a loss that is not finite stops the run and is never averaged away"
+        },
     )
-    tokenizer_name_or_path: str | None = _setting(None, "Unset: the model's own tokenizer.")
-    chat_template: str | None = _setting(None, "Jinja chat template, or a file that holds it.")
-    trust_remote_code: bool = _setting(False, "Run Python code that comes with a model.")
-    dtype: str = _setting("float32", "Of the loaded weights: float32, bfloat16, float16, auto.")
-    attn_implementation: str | None = _setting(None, "sdpa, eager, flash_attention_2, …")
-    model_init_kwargs: dict[str, Any] | str | None = _setting(
-        None, "Further keywords of from_pretrained, for policy and reference."
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "compute in bfloat16 from the weights as they are; unset: where CUDA has it and fp16 is off"
+        },
     )
-    dataset: str | None = _setting(None, "File, directory or Hub name of the training pairs.")
-    eval_dataset: str | None = _setting(None, "File, directory or Hub name of evaluation pairs.")
-    dataset_split: str | None = _setting(None, "Split of dataset; unset: train, or the only one.")
-    eval_dataset_split: str | None = _setting(None, "Split of eval_dataset.")
-    dataset_num_proc: int | None = _setting(None, "Processes that tokenise.")
-    max_length: int | None = _setting(1024, "Tokens of prompt and answer together.")
-    max_prompt_length: int | None = _setting(
-        None, "Tokens of a prompt; a longer one keeps its end."
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "checkpoint directory or Hub name of the policy's start"}
     )
-    loss_type: str = _setting("dpo", "A name of fastpo.losses.LOSSES.")
-    beta: float = _setting(0.1, "β > 0.")
-    gamma_beta_ratio: float | None = _setting(None, "Mean target margin γ0 in units of β.")
-    simpo_gamma: float | None = _setting(None, "Mean target margin γ0 itself.")
-    margin: str = _setting("fixed", "fixed, or gamma: each pair's own target margin (γ-PO).")
-    gamma_tau: float = _setting(10.0, "τ > 0 of γ-PO.")
-    gamma_scope: str = _setting("queue", "Pairs that γ is solved over: queue or batch.")
-    gamma_solver: str = _setting("exact", "exact or mirror.")
-    gamma_queue_size: int = _setting(2048, "Gaps that the queue holds.")
-    gamma_sample_size: int = _setting(256, "Pairs in one solve.")
-    label_smoothing: float = _setting(0.0, "ε in [0, 1/2), share of labels taken to be flipped.")
-    sft_weight: float | None = _setting(None, "Weight of the SFT term; unset: the loss's own.")
-    loss_kwargs: dict[str, Any] | str | None = _setting(None, "Options of one loss alone.")
-    backward: str = _setting("auto", "Of the log-probs: auto or exact.")
-    precompute_ref_log_probs: bool = _setting(
-        False, "Compute the reference's log-probs once and cache them on disk."
+    ref_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "reference model; unset: the policy before training, under peft its base"
+        },
     )
-    disable_dropout: bool = _setting(True, "No dropout anywhere in the policy.")
-    router_aux_loss_coef: float | None = _setting(
-        None, "Weight of a mixture-of-experts model's load-balancing loss; unset: its own."
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "unset: the model's own tokenizer"}
     )
-    peft: dict[str, Any] | str | None = _setting(None, "Fields of peft.LoraConfig.")
-    plot_loss: bool = _setting(False, "Write a PNG of the logged curves at the end.")
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "Jinja text, or a file that holds it; unset: the tokenizer's own"},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run Python code that comes with a model"}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "of the loaded weights: float32, bfloat16, float16, or auto (as stored); "
+            "plain AdamW on bfloat16 weights loses small updates"
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "sdpa, eager, flash_attention_2, …; unset: the model's own choice"},
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "further keywords of from_pretrained, for policy and reference"},
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "file, directory or Hub name of the training pairs"}
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "the same for evaluation pairs"}
+    )
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "split of dataset; unset: train, or the only one"}
+    )
+    eval_dataset_split: str | None = field(
+        default=None, metadata={"help": "split of eval_dataset; unset: as above"}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "processes that tokenise; unset: this one"}
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "tokens of prompt and answer together; null: no limit"}
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "tokens of a prompt, a longer one keeps its end; unset: no limit"},
+    )
+    loss_type: str = field(default="dpo", metadata={"help": "a name of fastpo.losses.LOSSES"})
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "β > 0; usual: 0.01 to 0.5 with a reference, 2 to 10 for simpo"},
+    )
+    gamma_beta_ratio: float | None = field(
+        default=None,
+        metadata={"help": "mean target margin γ0 in units of β, of simpo and of margin gamma"},
+    )
+    simpo_gamma: float | None = field(
+        default=None, metadata={"help": "γ0 itself, instead of gamma_beta_ratio; both unset: 0.5"}
+    )
+    margin: str = field(
+        default="fixed", metadata={"help": "fixed, or gamma: each pair's own target margin (γ-PO)"}
+    )
+    gamma_tau: float = field(
+        default=10.0, metadata={"help": "τ > 0 of γ-PO: the larger, the closer every γ stays to γ0"}
+    )
+    gamma_scope: str = field(
+        default="queue",
+        metadata={
+            "help": "pairs that γ is solved over: queue (recent gaps and this micro-step's) or batch "
+            "(this micro-step's), of all ranks"
+        },
+    )
+    gamma_solver: str = field(
+        default="exact", metadata={"help": "exact, or mirror: the authors' 20 steps"}
+    )
+    gamma_queue_size: int = field(default=2048, metadata={"help": "gaps that the queue holds"})
+    gamma_sample_size: int = field(
+        default=256,
+        metadata={"help": "pairs in one solve: this micro-step's and draws from the queue"},
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "ε in [0, 1/2), share of labels taken to be flipped"}
+    )
+    sft_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "weight of the SFT term; unset: the loss's own (1 for cpo and orpo, else 0)"
+        },
+    )
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "options of one loss alone, e.g. rdpo_alpha or discopop_tau"},
+    )
+    backward: str = field(default="auto", metadata={"help": "of the log-probs: auto or exact"})
+    precompute_ref_log_probs: bool = field(
+        default=False,
+        metadata={
+            "help": "compute the reference's log-probs once, before training, and cache them on disk"
+        },
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "no dropout anywhere in the policy; the reference never has any"},
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "weight of a mixture-of-experts model's load-balancing loss; unset: its own"
+        },
+    )
+    peft: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "fields of peft.LoraConfig, {} for its defaults; unset: all weights are trained"
+        },
+    )
+    plot_loss: bool = field(
+        default=False,
+        metadata={"help": "write a PNG of the logged curves into output_dir at the end"},
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -192,14 +243,14 @@ class PreferenceConfig(TrainingArguments):
         for name in ("model_init_kwargs", "loss_kwargs", "peft"):
             if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a mapping")
-        if _credentials(self.model_init_kwargs or {}):
+        if any(_CREDENTIAL.search(key) for key in self.model_init_kwargs or ()):
             raise ValueError(
                 "model_init_kwargs: holds a credential; log in with `hf auth login` or set HF_TOKEN instead"
             )
         if self.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor: got {self.label_smoothing_factor}, which is not for preference losses; "
-                "expected 0 (label_smoothing is the share of flipped labels)"
+                f"label_smoothing_factor: got {self.label_smoothing_factor}, expected 0: it smooths token "
+                "labels; label_smoothing is the share of flipped pairs"
             )
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
@@ -208,8 +259,9 @@ class PreferenceConfig(TrainingArguments):
             )
         if self.use_liger_kernel:
             # The log-probs come from fastpo's own operation; Liger's loss would replace the model's forward.
+            wanted: dict[str, bool] = vars(self)["liger_kernel_config"] or {}
             self.liger_kernel_config = {
-                **(self.liger_kernel_config or {}),
+                **wanted,
                 "fused_linear_cross_entropy": False,
                 "cross_entropy": False,
             }
@@ -243,6 +295,7 @@ def build_loss(config: PreferenceConfig, group: ProcessGroup | None = None) -> P
     Raises:
         TypeError, ValueError: as :class:`fastpo.PreferenceLoss` and :class:`fastpo.DynamicMargin` raise them.
     """
+    options: Any = config.loss_kwargs or {}
     margin = None
     if config.margin == "gamma":
         margin = DynamicMargin(
@@ -264,8 +317,20 @@ def build_loss(config: PreferenceConfig, group: ProcessGroup | None = None) -> P
         margin=margin,
         backward=config.backward,
         group=group,
-        **(config.loss_kwargs or {}),
+        **options,
     )
+
+
+def _fields_table() -> str:
+    """The class's own fields as a Markdown table, indented like its docstring."""
+    own = (f for f in fields(PreferenceConfig) if f.name in PreferenceConfig.__annotations__)
+    rows = [f"| ``{f.name}`` | {f.default} | {f.metadata['help']} |" for f in own]
+    return "".join(
+        f"    {row}\n" for row in ["| Field | Default | Meaning |", "|---|---|---|", *rows]
+    )
+
+
+PreferenceConfig.__doc__ = f"{PreferenceConfig.__doc__}\n{_fields_table()}"
 
 
 LOSS_FIELDS = (
@@ -314,10 +379,6 @@ def save_config(config: PreferenceConfig, path: Path) -> None:
 _NOT_SAVED = ("local_rank", "activation_checkpointing", "activation_checkpointing_kwargs")
 _CREDENTIAL = re.compile(r"(^|_)(token|password|secret|api_key)$")
 _URL_LOGIN = re.compile(r"://[^/\s@]+@")
-
-
-def _credentials(mapping: dict[str, Any]) -> list[str]:
-    return [key for key in mapping if _CREDENTIAL.search(key)]
 
 
 def _default(f: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,10 @@ def train(config: PreferenceConfig) -> PreferenceTrainer:
     """Run the job that ``config`` describes.
 
     What ``output_dir`` holds afterwards: the model and the tokenizer, as ``from_pretrained`` loads them (under
-    ``peft`` the adapter); ``fastpo_config.yaml``, the resolved settings without credentials; ``data_report.json``,
-    what became of the data sets' rows; ``train_results.json``, ``eval_results.json`` and ``all_results.json``;
-    ``trainer_state.json`` with everything that was logged; with ``plot_loss`` ``training.png``; and the
-    checkpoints that ``save_strategy`` asks for.
+    ``peft`` the adapter); ``fastpo_config.yaml``, the resolved settings without credentials;
+    ``data_report.json``, what became of the data sets' rows; ``train_results.json``, ``eval_results.json`` and
+    ``all_results.json``; ``trainer_state.json`` with everything that was logged; with ``plot_loss``
+    ``training.png``; and the checkpoints that ``save_strategy`` asks for.
 
     Returns:
         The trainer, after training.
@@ -55,7 +56,7 @@ def train(config: PreferenceConfig) -> PreferenceTrainer:
     set_seed(config.seed)
     tokenizer = load_tokenizer(config)
     model = load_model(config)
-    if config.peft is not None:
+    if isinstance(config.peft, Mapping):
         model = add_adapter(model, config.peft)
     ref_model = None
     if config.ref_model_name_or_path and needs_reference:

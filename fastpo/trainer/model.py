@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,11 @@ def load_model(config: PreferenceConfig, field: str = "model_name_or_path") -> P
         ValueError: no name, or a directory that is not a checkpoint.
     """
     name = checked_name(config, field)
+    further: Any = config.model_init_kwargs or {}
     arguments: dict[str, Any] = {
         "dtype": config.dtype,
         "trust_remote_code": config.trust_remote_code,
-        **(config.model_init_kwargs or {}),
+        **further,
     }
     if config.attn_implementation is not None:
         arguments["attn_implementation"] = config.attn_implementation
@@ -91,7 +93,7 @@ def checked_name(config: PreferenceConfig, field: str) -> str:
     return str(path)
 
 
-def add_adapter(model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
+def add_adapter(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrainedModel:
     """``model`` inside a PEFT model with a fresh LoRA adapter.
 
     Args:
@@ -120,7 +122,7 @@ def is_peft_model(model: nn.Module) -> bool:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability in ``model`` to 0: modules, and the numbers that layers keep for themselves."""
+    """Set every dropout probability in ``model`` to 0: of modules, and numbers that layers keep themselves."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0

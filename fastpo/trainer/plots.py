@@ -136,12 +136,12 @@ def _draw(axes: Axes, panel: Panel, history: list[Mapping[str, Any]]) -> None:
             axes.plot(x, y, color=color, label=name, **style)
     if panel.band:
         low, high = (dict(_series(history, name)) for name in panel.band)
-        x = sorted(low.keys() & high.keys())
-        if x:
+        shared = sorted(low.keys() & high.keys())
+        if shared:
             axes.fill_between(
-                x,
-                [low[s] for s in x],
-                [high[s] for s in x],
+                shared,
+                [low[s] for s in shared],
+                [high[s] for s in shared],
                 color=_BLUE,
                 alpha=0.15,
                 linewidth=0,

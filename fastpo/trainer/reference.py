@@ -1,8 +1,8 @@
 """Where the reference's sequence log-probs come from: a frozen model, or a file that was computed once.
 
-Cached files lie in ``$FASTPO_CACHE``, else ``$XDG_CACHE_HOME/fastpo``, else ``~/.cache/fastpo``. Their name is a
-hash of all that the numbers depend on: the rows' token ids, the reference's weights and configuration, and the
-precision they are computed in.
+Cached files lie in ``$FASTPO_CACHE``, else ``$XDG_CACHE_HOME/fastpo``, else ``~/.cache/fastpo``. Their name is
+a hash of all that the numbers depend on: the rows' token ids, the reference's weights and configuration, and
+the precision they are computed in.
 """
 
 from __future__ import annotations
@@ -94,10 +94,11 @@ def model_hash(model: PreTrainedModel) -> str:
             continue
         if hasattr(tensor, "ds_id") or hasattr(tensor, "full_tensor"):
             raise ValueError(
-                "precompute_ref_log_probs: the reference's weights are sharded over processes, expected whole ones"
+                "precompute_ref_log_probs: the reference's weights are sharded over processes, "
+                "expected whole ones"
             )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -109,7 +110,7 @@ def rows_hash(dataset: datasets.Dataset) -> str:
         for part in (pc.list_value_length(table[name]), pc.list_flatten(table[name])):
             numbers = np.ascontiguousarray(part.to_numpy(), dtype="<i8")
             digest.update(f"{name} {len(numbers)}".encode())
-            digest.update(numbers)
+            digest.update(numbers.tobytes())
     return digest.hexdigest()
 
 

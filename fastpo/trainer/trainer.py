@@ -75,10 +75,10 @@ class PreferenceTrainer(Trainer):
         data_reports: what became of the rows of each data set that was tokenised here, by name.
         loss_module: the :class:`fastpo.PreferenceLoss`.
 
-    Metrics have TRL's names and are means over all pairs since the last log line, on all ranks; in evaluation over
-    all pairs of the set. ``num_tokens`` is the running total of input tokens, ``gamma/min`` and ``gamma/max`` are
-    the extremes of γ. Means over tokens (``entropy``, ``mean_token_accuracy``, ``logits/*``) are taken per
-    micro-step and then weighted by its pairs.
+    Metrics have TRL's names and are means over all pairs since the last log line, on all ranks; in evaluation
+    over all pairs of the set. ``num_tokens`` is the running total of input tokens, ``gamma/min`` and
+    ``gamma/max`` are the extremes of γ. Means over tokens (``entropy``, ``mean_token_accuracy``, ``logits/*``)
+    are taken per micro-step and then weighted by its pairs.
 
     Raises:
         TypeError: ``args`` is no ``PreferenceConfig``, or ``model`` no model of transformers.
@@ -91,6 +91,8 @@ class PreferenceTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     args: PreferenceConfig
+    train_dataset: datasets.Dataset | None
+    eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None
 
     def __init__(
         self,
@@ -233,9 +235,8 @@ class PreferenceTrainer(Trainer):
     def _datasets(self) -> dict[str, datasets.Dataset]:
         """All data sets by name; None is left out."""
         evaluation = self.eval_dataset
-        if not isinstance(evaluation, Mapping):
-            evaluation = {"eval": evaluation}
-        named = {"train": self.train_dataset, **evaluation}
+        several = evaluation if isinstance(evaluation, Mapping) else {"eval": evaluation}
+        named = {"train": self.train_dataset, **several}
         return {name: rows for name, rows in named.items() if rows is not None}
 
     def _reference_logps(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -310,8 +311,8 @@ class PreferenceTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, PreferenceOutput]:
         """The mean loss of the batch's pairs; in training weighted by how many they are.
 
-        With the weight, the mean over the micro-steps of an optimiser step is the mean over its pairs, also where
-        the last micro-step of an epoch is smaller.
+        With the weight, the mean over the micro-steps of an optimiser step is the mean over its pairs, also
+        where the last micro-step of an epoch is smaller.
         """
         result = self._score(model, inputs)
         loss = result.loss
@@ -355,13 +356,11 @@ class PreferenceTrainer(Trainer):
         """What is not finite on this rank, in which micro-step and data rows."""
         count = len(self._micro_steps)
         for k, step in enumerate(self._micro_steps, start=1):
-            loss = float(step.output.loss)
+            loss = step.output.loss.item()
             if not math.isfinite(loss):
                 bad = ~step.output.losses.isfinite()
-                rows = step.rows[bad] if bad.any() else step.rows
-                return (
-                    f"the loss is {loss} in micro-step {k} of {count}, data rows {_listed([rows])}"
-                )
+                rows = _listed([step.rows[bad] if bad.any() else step.rows])
+                return f"the loss is {loss} in micro-step {k} of {count}, data rows {rows}"
         # Under float16 an overflow is found and skipped by the gradient scaler.
         if getattr(self.accelerator, "scaler", None) is None and grad_norm is not None:
             norm = float(grad_norm)
@@ -389,7 +388,7 @@ class PreferenceTrainer(Trainer):
         return result.loss.detach(), None, None
 
     def _own_pairs(self, pairs: int) -> int:
-        """How many of a batch's pairs count: the last batches of several ranks are filled up with repeated ones."""
+        """How many of a batch's pairs count: the last batches of several ranks are filled up with others."""
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return pairs
@@ -429,9 +428,9 @@ class PreferenceTrainer(Trainer):
         """Train, or go on from a checkpoint.
 
         Args:
-            resume_from_checkpoint: a checkpoint directory; True: the newest complete one in ``output_dir``;
-                ``"auto"``: the same, or a fresh start if there is none; None: what ``args`` says; False: a fresh
-                start.
+            resume_from_checkpoint: a checkpoint directory; True: the newest one in ``output_dir``; ``"auto"``:
+                the newest complete one, a fresh start if there is none; None: what ``args`` says; False: a
+                fresh start.
             kwargs: as for ``transformers.Trainer.train``.
 
         Raises:
@@ -478,7 +477,7 @@ class PreferenceTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """After the model and the optimiser, before old checkpoints are deleted: the rest of the run's state."""
+        """After the model and the optimiser, and before old checkpoints are deleted: the rest of the state."""
         super()._save_rng_state(output_dir)
         state = RunState(
             settings=self._loss_settings(),
@@ -510,7 +509,9 @@ def _metrics(output: PreferenceOutput) -> dict[str, float]:
 
 def _detached(output: PreferenceOutput) -> PreferenceOutput:
     """Without the graph, so that it can be kept."""
-    tensors = {k: v.detach() for k, v in vars(output).items() if isinstance(v, Tensor)}
+    tensors: dict[str, Any] = {
+        k: v.detach() for k, v in vars(output).items() if isinstance(v, Tensor)
+    }
     return replace(output, **tensors)
 
 
@@ -519,7 +520,7 @@ def _first(output: PreferenceOutput, pairs: int) -> PreferenceOutput:
     if pairs == len(output.losses):
         return output
     others = output.loss - output.losses.mean()
-    kept = {
+    kept: dict[str, Any] = {
         name: value[:pairs]
         for name, value in vars(output).items()
         if isinstance(value, Tensor) and value.dim() == 1

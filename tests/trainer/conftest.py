@@ -1,0 +1,146 @@
+"""A tiny Llama, made-up pairs of token ids, and runs of a few steps on them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fastpo.demo.model import build_tokenizer
+from fastpo.trainer import PreferenceConfig, PreferenceTrainer
+
+Runner = Callable[..., PreferenceTrainer]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Precomputed log-probs go nowhere else."""
+    directory = tmp_path / "cache"
+    monkeypatch.setenv("FASTPO_CACHE", str(directory))
+    return directory
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    return tiny_llama(len(tokenizer), seed)
+
+
+def tiny_llama(vocab: int, seed: int) -> LlamaForCausalLM:
+    """Two layers, hidden 32; its logits are well away from zero."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+@pytest.fixture
+def pairs(tokenizer: PreTrainedTokenizerFast, seed: int) -> datasets.Dataset:
+    return tokenized_pairs(30, len(tokenizer), seed)
+
+
+def tokenized_pairs(count: int, vocab: int, seed: int) -> datasets.Dataset:
+    """Pairs of random ids and lengths: the chosen answer counts upwards, the rejected one is noise."""
+    draw = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [draw.randrange(3, vocab) for _ in range(draw.randint(low, high))]
+
+    def counting(low: int, high: int) -> list[int]:
+        start = draw.randrange(3, vocab - high)
+        return list(range(start, start + draw.randint(low, high)))
+
+    return datasets.Dataset.from_list(
+        [
+            {
+                "prompt_ids": [1, *ids(1, 6)],
+                "chosen_ids": [*counting(1, 8), 2],
+                "rejected_ids": [*ids(1, 8), 2],
+                "row": 100 + k,
+            }
+            for k in range(count)
+        ]
+    )
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., PreferenceConfig]:
+    """``settings(**overrides)``: a configuration for a few quick, logged steps."""
+
+    def make(**overrides: Any) -> PreferenceConfig:
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "max_steps": 4,
+            "learning_rate": 3e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "seed": 7,
+        }
+        return PreferenceConfig(**(defaults | overrides))
+
+    return make
+
+
+@pytest.fixture
+def trainer(
+    model: LlamaForCausalLM,
+    pairs: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Callable[..., PreferenceConfig],
+) -> Runner:
+    """``trainer(**settings)``: a trainer on fresh copies of ``model``; or with a ``model=`` of one's own."""
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def make(
+        model: Any = None,
+        train_dataset: datasets.Dataset = pairs,
+        eval_dataset: Any = None,
+        ref_model: Any = None,
+        callbacks: Any = None,
+        **overrides: Any,
+    ) -> PreferenceTrainer:
+        if model is None:
+            model = tiny_llama(len(tokenizer), 0)
+            model.load_state_dict(start)
+        return PreferenceTrainer(
+            model,
+            settings(**overrides),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            ref_model=ref_model,
+            callbacks=callbacks,
+        )
+
+    return make
