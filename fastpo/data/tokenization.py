@@ -109,7 +109,7 @@ def tokenize_preferences(
         num_proc=num_proc,
         keep_in_memory=True,
         load_from_cache_file=False,
-        new_fingerprint=datasets.fingerprint.generate_random_fingerprint(),
+        new_fingerprint=datasets.fingerprint.generate_random_fingerprint(),  # nothing to hash
         desc=f"Tokenizing {source}",
     ).with_format("arrow")[:]
     kept = table.filter(pc.is_null(table["dropped"])).select(_KEPT)

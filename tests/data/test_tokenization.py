@@ -350,20 +350,23 @@ def test_a_token_that_would_join_prompt_and_answer(
 
 def test_template_whose_generation_prompt_differs(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer("chatml")
-    thinking = tokenizer.chat_template.replace(
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = plain.replace(
         "assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"
     )
-    assert thinking != tokenizer.chat_template
-    tokenizer.chat_template = thinking
+    assert tokenizer.chat_template != plain
+    # the answers begin alike: what they share stays theirs
     row = {
         "prompt": [user("Is it?")],
         "chosen": [assistant("It is.")],
-        "rejected": [assistant("No")],
+        "rejected": [assistant("It was")],
     }
     (result,), report = tokenize([row], tokenizer)
-    prompt, answer = reference_texts("chatml", row["prompt"], "It is.")
+    prompt, chosen = reference_texts("chatml", row["prompt"], "It is.")
+    _, rejected = reference_texts("chatml", row["prompt"], "It was")
     assert result["prompt_ids"] == encode(tokenizer, prompt)
-    assert result["chosen_ids"] == encode(tokenizer, answer)
+    assert result["chosen_ids"] == encode(tokenizer, chosen)
+    assert result["rejected_ids"] == encode(tokenizer, rejected)
     assert report.noted["generation_prompt_differs"].first_rows == [0]
 
 
@@ -542,6 +545,62 @@ def test_a_template_that_refuses_a_row_is_counted(make_tokenizer: MakeTokenizer)
     )
     with pytest.raises(ValueError, match="it renders chosen and rejected alike"):
         tokenize([good], tokenizer)
+
+
+def test_answer_of_white_space_alone_is_empty(make_tokenizer: MakeTokenizer) -> None:
+    good = {"prompt": None, "chosen": "Is it? It is.", "rejected": "Is it? No"}
+    rows = [
+        good,
+        {**good, "rejected": "Is it?\n \n"},  # implicit prompt
+        {**good, "rejected": "Is it?"},
+        {"prompt": "Is it?", "chosen": " It is.", "rejected": " \n</s>"},
+    ]
+    results, report = tokenize(rows, make_tokenizer())
+    assert [r["row"] for r in results] == [0]
+    assert report.dropped["empty_answer"].first_rows == [1, 2, 3]
+
+
+def test_turns_after_an_explicit_prompt_are_the_answer(make_tokenizer: MakeTokenizer) -> None:
+    """Also those that both answers share; only what precedes the assistant's turn joins the prompt."""
+    tokenizer = make_tokenizer("chatml")
+    turns = [user("Is it?"), assistant("I think"), user("And?")]
+    ends = {"chosen": [assistant("It is.")], "rejected": [assistant("No")]}
+    rows = [
+        {"prompt": turns[:1], **{side: turns[1:] + end for side, end in ends.items()}},
+        {"prompt": turns[:2], **{side: turns[2:] + end for side, end in ends.items()}},
+    ]
+    results, _ = tokenize(rows, tokenizer)
+    prompt, _ = reference_texts("chatml", turns[:1], "")
+    long_prompt, answer = reference_texts("chatml", turns, "It is.")
+    assert tokenizer.decode(results[0]["prompt_ids"]) == prompt
+    assert (
+        tokenizer.decode(results[0]["prompt_ids"] + results[0]["chosen_ids"])
+        == long_prompt + answer
+    )
+    assert tokenizer.decode(results[1]["prompt_ids"]) == long_prompt
+    assert tokenizer.decode(results[1]["chosen_ids"]) == answer
+
+
+def test_fields_that_arrow_invents_never_reach_the_template(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "m['role']", "m.keys() | sort | join('+')"
+    )
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"name": "now", "arguments": {"a": 1}}],
+    }
+    rows = [
+        {"prompt": [user("Is it?")], "chosen": [answer], "rejected": [assistant("No")]}
+        for answer in (call, assistant("It is."))
+    ]
+    dataset = datasets.Dataset.from_list(rows)
+    assert dataset[1]["chosen"][0]["tool_calls"] is None  # else this tests nothing
+    results, _ = tokenize(rows, tokenizer)
+    texts = [tokenizer.decode(r["prompt_ids"] + r["chosen_ids"]) for r in results]
+    assert "<|im_start|>content+role+tool_calls\n" in texts[0]
+    assert "tool_calls" not in texts[1]
 
 
 def test_empty_prompt_with_bos_is_noted(make_tokenizer: MakeTokenizer) -> None:
