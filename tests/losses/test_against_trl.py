@@ -110,10 +110,16 @@ def dpo(tokenizer, tmp_path, seed):
     )
 
 
-def gradients(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
-    """All parameter gradients of the loss, in one vector."""
-    found = torch.autograd.grad(loss, list(model.parameters()))
-    return torch.cat([g.flatten() for g in found])
+def assert_same_gradients(
+    model: torch.nn.Module, ours: torch.Tensor, theirs: torch.Tensor, bound: float = 1e-5
+) -> None:
+    """The gradients of all parameters, in the norm of the whole vector."""
+    got, expected = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        for loss in (ours, theirs)
+    )
+    error = (got - expected).norm() / expected.norm().clamp(min=1e-3)
+    assert error < bound, f"relative error of the gradient {error:.1e}"
 
 
 def hidden_states(model, input_ids, attention_mask) -> torch.Tensor:
@@ -142,9 +148,9 @@ def test_dpo_losses(loss_type, beta, dpo):
     loss_fn = PreferenceLoss(loss_type, beta=beta, label_smoothing=smoothing)
     ours = ours_on(trainer.model, batch, loss_fn, trainer.ref_model)
     torch.testing.assert_close(ours.loss, theirs, **TOLERANCE)
-    torch.testing.assert_close(
-        gradients(trainer.model, ours.loss), gradients(trainer.model, theirs), rtol=1e-4, atol=1e-5
-    )
+    # discopop's gradient changes by 1/τ = 20 per nat, and so does the rounding of TRL's float32 sums.
+    bound = 1e-5 / 0.05 if loss_type == "discopop" else 1e-5
+    assert_same_gradients(trainer.model, ours.loss, theirs, bound)
 
 
 def test_dpo_metrics(dpo):
@@ -194,9 +200,7 @@ def test_cpo_and_simpo(loss_type, smoothing, tokenizer, tmp_path, seed):
     )
     ours = ours_on(trainer.model, cpo_batch(batch), loss_fn)
     torch.testing.assert_close(ours.loss, theirs, **TOLERANCE)
-    torch.testing.assert_close(
-        gradients(trainer.model, ours.loss), gradients(trainer.model, theirs), rtol=1e-4, atol=1e-5
-    )
+    assert_same_gradients(trainer.model, ours.loss, theirs)
     got = ours.metrics()
     for name in (
         "rewards/chosen",
