@@ -30,8 +30,8 @@ class PreferenceConfig(TrainingArguments):
 
     Batch sizes count pairs: ``per_device_train_batch_size: 4`` runs 8 sequences through the model at once.
     ``resume_from_checkpoint`` is a checkpoint directory, or ``auto``: the newest complete one in
-    ``output_dir``, a fresh start if there is none. ``use_liger_kernel`` is for the model's other layers; Liger's
-    own loss stays off. The first five fields below have another default than in ``TrainingArguments``.
+    ``output_dir``, a fresh start if there is none. ``use_liger_kernel`` is for the model's other layers;
+    Liger's own loss stays off. The first five fields below have another default than in ``TrainingArguments``.
 
     Gradient accumulation equals one large batch for every loss that is a mean over pairs. Terms that couple the
     pairs of a batch are taken per micro-step over all ranks, as their authors do: γ, the losses with

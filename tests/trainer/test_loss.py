@@ -1,4 +1,4 @@
-"""The trainer's loss against dense arithmetic on full logits, every kind of loss for a few steps, and metrics."""
+"""The trainer's loss against dense arithmetic on full logits, losses of every kind, and metrics."""
 
 from __future__ import annotations
 

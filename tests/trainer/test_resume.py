@@ -45,7 +45,8 @@ class StopAfter(TrainerCallback):
 METHODS: dict[str, dict[str, Any]] = {
     "dpo": {"loss_type": "dpo"},
     "γ-dpo": {
-        "loss_type": "dpo", "margin": "gamma", "gamma_queue_size": 16, "gamma_sample_size": 10, "gamma_tau": 0.3,
+        "loss_type": "dpo", "margin": "gamma", "gamma_tau": 0.3,
+        "gamma_queue_size": 16, "gamma_sample_size": 10,
     },
     "β-dpo": {"loss_type": "beta_dpo", "beta": 1.0},
     "dropout": {"loss_type": "simpo", "disable_dropout": False},

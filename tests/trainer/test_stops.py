@@ -77,7 +77,8 @@ def test_bad_hidden_state_stops_with_step_and_row(
     first = seen[6]  # the first micro-step of the fourth optimiser step
     last = tmp_path / "run" / "checkpoint-3"
     assert str(stopped.value) == (
-        f"training stopped before optimiser step 4: the loss is nan in micro-step 1 of 2, data rows {first[2]}. "
+        "training stopped before optimiser step 4: the loss is nan in micro-step 1 of 2, "
+        f"data rows {first[2]}. "
         f"No weight was changed by it; the last checkpoint is {last}"
     )
     for name, tensor in run.model.state_dict().items():
