@@ -57,8 +57,7 @@ def kto_pair(pairs: Pairs, *, beta: float, group: ProcessGroup | None = None) ->
     """KTO for pairs: ½[1 − σ(β(ρ_w − KL_l))] + ½[1 − σ(β(KL_w − ρ_l))], KL_• = max(0, batch mean of ρ_•).
 
     Ethayarajh et al. 2024, arXiv 2402.01306, in the pair form of the γ-PO authors' code: the KL of one
-    half is estimated from the other, and gradients flow through it. Their mean over 2B terms is ours over B
-    halves.
+    half is estimated from the other, and gradients flow through it. Their mean over 2B terms is ours over B.
     """
     chosen, rejected = pairs.logratios
     chosen_kl, rejected_kl = (
@@ -70,8 +69,7 @@ def kto_pair(pairs: Pairs, *, beta: float, group: ProcessGroup | None = None) ->
 
 
 class BetaDPO(nn.Module):
-    """β-DPO: −log σ(β'Δ), smoothed by ε, with one β' per batch from how far its gaps g = βΔ are from the
-    usual.
+    """β-DPO: −log σ(β'Δ), smoothed by ε, with one β' per batch that follows its gaps g = βΔ.
 
         β' = max(1e-3, β(1 + a(mean of the sampled g − m)))
 

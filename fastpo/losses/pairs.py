@@ -49,8 +49,7 @@ class Pairs:
 
         Raises:
             TypeError: an argument is not a tensor, or log-probs are not floating point.
-            ValueError: shapes other than (B,) with B ≥ 1, or only one half of the reference or of the
-                lengths.
+            ValueError: shapes other than (B,) with B ≥ 1, or one half alone of the reference or the lengths.
         """
         given: dict[str, Tensor | None] = {
             "chosen_logps": chosen_logps,
@@ -127,8 +126,7 @@ class Pairs:
         )
 
     def without_unlabelled(self) -> tuple[Pairs, Tensor | None]:
-        """Pairs in which an answer without one labelled token takes its whole pair out, and the mask of the
-        rest.
+        """The same pairs, those with an answer without one labelled token taken out; and the mask of the rest.
 
         Log-probs and lengths of such a pair become a constant 0: no gradient flows into either answer.
         The mask (B,), bool, is True where both answers have a label; None if there are no lengths to tell.

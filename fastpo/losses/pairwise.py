@@ -1,8 +1,9 @@
 """Losses of the gap between the two answers of a pair.
 
-β > 0; Δ = [log π(y_w) − log π_ref(y_w)] − [log π(y_l) − log π_ref(y_l)], in nats; overlined: divided by the
-answer's length, per answer. m is the target margin that the registry hands over: γ for SimPO, γ − γ0 for the
-others, 0 without a dynamic margin. Every function returns one loss per pair, (B,) float64.
+β > 0; Δ = [log π(y_w) − log π_ref(y_w)] − [log π(y_l) − log π_ref(y_l)], in nats; Δ̄ the same with every
+bracket divided by its answer's length. m is the margin that the registry hands over: γ for SimPO (γ0 if it is
+fixed), γ − γ0 for the others (0 without a dynamic margin). Every function returns one loss per pair, (B,)
+float64.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ def smoothed_logistic(argument: Tensor, label_smoothing: float) -> Tensor:
 def dpo(pairs: Pairs, *, beta: float, label_smoothing: float, margin: Tensor | float) -> Tensor:
     """DPO: −log σ(βΔ − m), smoothed by ε (cDPO).
 
-    Rafailov et al. 2023, arXiv 2305.18290, Eq. 7; smoothing: Mitchell 2023. TRL: ``sigmoid``, which knows no
-    ε.
+    Rafailov et al. 2023, arXiv 2305.18290, Eq. 7; smoothing: Mitchell 2023. TRL: ``sigmoid``, without ε.
     """
     return smoothed_logistic(beta * pairs.logratios.gap - margin, label_smoothing)
 
@@ -70,8 +70,8 @@ def sigmoid_norm(
 def simpo(pairs: Pairs, *, beta: float, label_smoothing: float, margin: Tensor | float) -> Tensor:
     """SimPO: −log σ(β log π(y_w)/|y_w| − β log π(y_l)/|y_l| − γ), smoothed by ε.
 
-    Meng et al. 2024, arXiv 2405.14734, Eq. 6; γ per pair: Sun et al. 2025, arXiv 2506.03690. TRL: CPO's
-    ``simpo``.
+    Meng et al. 2024, arXiv 2405.14734, Eq. 6; γ per pair: Sun et al. 2025, arXiv 2506.03690.
+    TRL: ``simpo`` of its CPO.
     """
     return smoothed_logistic(beta * pairs.mean_logps.gap - margin, label_smoothing)
 
@@ -79,16 +79,15 @@ def simpo(pairs: Pairs, *, beta: float, label_smoothing: float, margin: Tensor |
 def cpo(pairs: Pairs, *, beta: float, label_smoothing: float, margin: Tensor | float) -> Tensor:
     """CPO: −log σ(β log π(y_w) − β log π(y_l) − m), smoothed by ε; its SFT term has weight 1.
 
-    Xu et al. 2024, arXiv 2401.08417, Eq. 3. TRL: CPO's ``sigmoid``.
+    Xu et al. 2024, arXiv 2401.08417, Eq. 3. TRL: ``sigmoid`` of its CPO.
     """
     return smoothed_logistic(beta * pairs.logps.gap - margin, label_smoothing)
 
 
 def orpo(pairs: Pairs, *, beta: float) -> Tensor:
-    """ORPO's odds-ratio term: −β log σ(logit p_w − logit p_l), p = exp(log π(y)/|y|); its SFT term has weight
-    1.
+    """ORPO's odds-ratio term: −β log σ(logit p_w − logit p_l), p = exp(log π(y)/|y|).
 
-    Hong et al. 2024, arXiv 2403.07691, Eq. 6 and 7; β is the paper's λ.
+    Hong et al. 2024, arXiv 2403.07691, Eq. 6 and 7; β is the paper's λ, and the SFT term has weight 1.
     """
 
     def log_odds(mean_logp: Tensor) -> Tensor:
@@ -126,7 +125,12 @@ def discopop(pairs: Pairs, *, beta: float, discopop_tau: float = 0.05) -> Tensor
 
     Lu et al. 2024, arXiv 2406.08414, Eq. 5. TRL: ``discopop``, which is NaN for x ≪ 0 (there e^−x overflows
     while w underflows; their product is formed in the exponent here).
+
+    Raises:
+        ValueError: τ ≤ 0.
     """
+    if not discopop_tau > 0:
+        raise ValueError(f"discopop_tau: got {discopop_tau}, expected a number > 0")
     argument = beta * pairs.logratios.gap
     modulation = argument / discopop_tau
     exponential = torch.exp(logsigmoid(modulation) - argument)
@@ -136,9 +140,8 @@ def discopop(pairs: Pairs, *, beta: float, discopop_tau: float = 0.05) -> Tensor
 def hinge(pairs: Pairs, *, beta: float, margin: Tensor | float) -> Tensor:
     """Hinge: max(0, 1 − (βΔ − m)).
 
-    Zhao et al. 2023 (SLiC), arXiv 2305.10425, Sec. 2; with a reference: Liu et al. 2024 (RSO), arXiv
-    2309.06657.
-    TRL: ``hinge``.
+    Zhao et al. 2023 (SLiC), arXiv 2305.10425, Sec. 2; with a reference: Liu et al. 2024 (RSO),
+    arXiv 2309.06657. TRL: ``hinge``.
     """
     return torch.relu(1 - (beta * pairs.logratios.gap - margin))
 

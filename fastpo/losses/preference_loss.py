@@ -39,8 +39,8 @@ class PreferenceLoss(nn.Module):
             losses with a dynamic margin have a target.
         label_smoothing: ε in [0, 1/2), the share of labels taken to be flipped.
         sft_weight: weight of the SFT term; None: the loss's own (1 for ``cpo`` and ``orpo``, else 0).
-        margin: dynamic margins, ``margin(gaps, gamma0) → γ`` for (B,) gaps (:class:`fastpo.DynamicMargin`,
-            γ-PO); None: the fixed target γ0 for ``simpo``, none for the others.
+        margin: dynamic margins, ``margin(gaps, gamma0) → γ`` for (B,) float64 gaps
+            (:class:`fastpo.DynamicMargin`, γ-PO); None: the fixed target γ0 for ``simpo``, none for the others.
         ignore_index: label of tokens that do not count.
         logit_scale, softcap, temperature, backward, backend: see :func:`fastpo.linear_logprobs`;
             ``backward`` is ``"exact"`` or ``"auto"``, which is exact.
@@ -57,8 +57,7 @@ class PreferenceLoss(nn.Module):
 
     Raises:
         TypeError: an option that the loss does not have.
-        ValueError: an unknown loss, a number out of range, both γ0 given, or a margin for a loss that takes
-            none.
+        ValueError: an unknown loss, a number out of range, γ0 given twice, or a margin for a loss without.
     """
 
     def __init__(
@@ -250,7 +249,7 @@ class PreferenceLoss(nn.Module):
         scored, labelled = pairs.without_unlabelled()
         gamma = None
         if self.margin is not None:
-            gamma = self.margin(spec.gaps(scored, self.beta).to(dtype), self.gamma0)
+            gamma = self.margin(spec.gaps(scored, self.beta), self.gamma0)
         losses = spec.evaluate(
             self.function,
             scored,
@@ -275,7 +274,7 @@ class PreferenceLoss(nn.Module):
             rejected_logps=pairs.rejected_logps.to(dtype),
             chosen_rewards=rewards.chosen.to(dtype),
             rejected_rewards=rewards.rejected.to(dtype),
-            gamma=gamma,
+            gamma=None if gamma is None else gamma.to(dtype),
             nll_loss=None if nll_loss is None else nll_loss.to(dtype),
             num_tokens=None if labelled is None else torch.cat(pairs.lengths).sum(),
         )

@@ -31,8 +31,7 @@ class Loss:
 
     Attributes:
         name: its name in ``LOSSES``.
-        function: ``(pairs, *, …) → (B,)``, or a module class whose ``forward`` is that and which keeps a
-            state.
+        function: ``(pairs, *, …) → (B,)``, or the class of a module whose ``forward`` is that.
         needs_reference: whether it requires the log-probs of a reference.
         reward: the score that, times β, is an answer's logged reward (TRL's choice where TRL has the loss).
         gap: the score whose difference within a pair, times β, is the gap g that γ is solved on.

@@ -333,6 +333,18 @@ class TestErrors:
         with pytest.raises(ValueError, match="chosen_logps: got shape"):
             LOSSES["cpo"](torch.zeros(0), torch.zeros(0), beta=0.1)
 
+    @pytest.mark.parametrize(
+        ("name", "option", "value"),
+        [
+            ("discopop", "discopop_tau", 0.0),
+            ("beta_dpo", "momentum", 1.0),
+            ("beta_dpo", "sample_fraction", 0.0),
+        ],
+    )
+    def test_option_values(self, name, option, value, make_pairs):
+        with pytest.raises(ValueError, match=f"{option}: got {value}"):
+            LOSSES[name](**make_pairs(), beta=0.1, **{option: value})
+
     def test_unknown_option(self, make_pairs):
         with pytest.raises(TypeError, match=r"discopop_tau.*'dpo'.*none"):
             LOSSES["dpo"](**make_pairs(), beta=0.1, discopop_tau=0.1)
