@@ -583,24 +583,26 @@ def test_turns_after_an_explicit_prompt_are_the_answer(make_tokenizer: MakeToken
 
 def test_fields_that_arrow_invents_never_reach_the_template(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer("chatml")
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "m['role']", "m.keys() | sort | join('+')"
-    )
-    call = {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"name": "now", "arguments": {"a": 1}}],
-    }
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "(m | tojson)")
+    calls = [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"name": "now", "arguments": arguments}],
+        }
+        for arguments in ({"a": 1}, {"b": "x"})
+    ]
     rows = [
         {"prompt": [user("Is it?")], "chosen": [answer], "rejected": [assistant("No")]}
-        for answer in (call, assistant("It is."))
+        for answer in (*calls, assistant("It is."))
     ]
     dataset = datasets.Dataset.from_list(rows)
-    assert dataset[1]["chosen"][0]["tool_calls"] is None  # else this tests nothing
+    assert dataset[0]["chosen"][0]["tool_calls"][0]["arguments"] == {"a": 1, "b": None}
+    assert dataset[2]["chosen"][0]["tool_calls"] is None
     results, _ = tokenize(rows, tokenizer)
-    texts = [tokenizer.decode(r["prompt_ids"] + r["chosen_ids"]) for r in results]
-    assert "<|im_start|>content+role+tool_calls\n" in texts[0]
-    assert "tool_calls" not in texts[1]
+    for row, result in zip(rows, results, strict=True):
+        text = tokenizer.decode(result["chosen_ids"])
+        assert json.loads(text.removesuffix("<|im_end|>")) == row["chosen"][0]
 
 
 def test_empty_prompt_with_bos_is_noted(make_tokenizer: MakeTokenizer) -> None:
