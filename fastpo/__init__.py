@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
-    if name in ("losses", "margins", "head", "trainer"):
+    if name in ("data", "head", "losses", "margins", "trainer"):
         return importlib.import_module(f"fastpo.{name}")
     raise AttributeError(f"module 'fastpo' has no attribute {name!r}")
 
