@@ -1,0 +1,61 @@
+"""The calls of ``linear_logprobs_triton`` that ``fastpo.kernels.audit`` compiles: all flags, dtypes and layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from . import tile_configs
+from .audit import AuditCase, flag_combinations
+from .linear_logprobs_backward_triton import launch_backward
+from .linear_logprobs_triton import forward
+from .logit_transform import LogitTransform
+from .precision import TRITON_DTYPES
+
+LAYOUTS = ("aligned", "odd", "strided")
+
+
+def audit_cases() -> Iterator[AuditCase]:
+    """Every combination; the gate takes bfloat16 and float32 in aligned memory, all flags on and all off."""
+    for dtype, layout in product(TRITON_DTYPES, LAYOUTS):
+        in_gate = layout == "aligned" and dtype != torch.float16
+        for extreme, on in flag_combinations("bias", "softcap", "gather", "stats", "cut"):
+            flags = "".join(f" +{name}" for name, value in on.items() if value)
+            launch = partial(_call, dtype, layout, **on)
+            yield AuditCase(f"linear_logprobs {dtype} {layout}{flags}", extreme and in_gate, launch)
+
+
+def _call(
+    dtype: torch.dtype, layout: str, bias: bool, softcap: bool, gather: bool, stats: bool, cut: bool
+) -> None:
+    """Forward and backward, both loop orders; with ``cut`` in slices whose products are summed."""
+    width = 65 if layout == "odd" else 64
+    budget = 140_000 if cut else 2**26
+    for n, vocab in ((64, 2048), (2048, 64)):
+        weight = _matrix(vocab, width, dtype, layout)
+        hidden = _matrix(2 * n if gather else n, width, dtype, layout)
+        labels = _vector(torch.zeros(n + 1, dtype=torch.int64), layout)
+        per_row = _vector(torch.zeros(n + 1), layout)
+        rows = _vector(torch.zeros(n + 1, dtype=torch.int64), layout) if gather else None
+        bias_values = _vector(torch.zeros(vocab + 1, dtype=dtype), layout) if bias else None
+        transform = LogitTransform(softcap=30.0 if softcap else None)
+        forward(hidden, weight, bias_values, labels, rows, transform, stats)
+        launch_backward(
+            per_row, hidden, weight, bias_values, labels, rows, per_row, transform,
+            True, True, bias, tile_configs.target(hidden.device), budget,
+        )  # fmt: skip
+
+
+def _matrix(rows: int, cols: int, dtype: torch.dtype, layout: str) -> Tensor:
+    """(rows, cols): 16-byte aligned; at an odd address; or with its columns far apart."""
+    if layout == "strided":
+        return torch.zeros(cols, rows + 1, dtype=dtype).t()[:rows]
+    return _vector(torch.zeros(rows * cols + 1, dtype=dtype), layout).view(rows, cols)
+
+
+def _vector(one_too_many: Tensor, layout: str) -> Tensor:
+    return one_too_many[1:] if layout == "odd" else one_too_many[:-1]

@@ -1,0 +1,189 @@
+"""Exact backward of ``linear_logprobs`` in Triton, one slice of logits at a time.
+
+    dz_iv = c_i·(1[v = y_i] − p_iv)·dz/du      p_iv = exp(z_iv − lse_i)      c_i = d loss / d log p_i
+    dH = dz·W       dW = dzᵀ·H       db = Σ_i dz_i
+
+Of n rows and V columns the larger is cut into slices. For each: ``_dlogits_kernel`` makes the slice's logits
+again and writes dz to a workspace, then ``matmul_triton`` makes the two products. What belongs to the cut
+dimension (dW rows if V is cut, dH rows if n is) is finished within its slice and written once in its final dtype;
+the other is summed over slices in float32, min(n, V)·H elements, and rounded once at the end.
+
+Shapes: hidden (N, H), weight (V, H), n kept rows; the workspace is a slice padded with zeros to whole tiles,
+within ``budget`` bytes. Passes over memory per slice: dz written once, read once per product. Three
+products of n×V×H; one that nobody needs is not made.
+
+dz is held in the dtype of ``hidden``. Its rounding, like the final one, costs about 2^-9 per element in
+bfloat16, at random; both together stay below 4e-3 of the gradient. All dz are multiplied by the power of two
+that brings the largest possible |dz| to 2^14, and the products by its inverse: nothing to float32 and bfloat16,
+but in float16 it keeps a coefficient of 1e-6 (a mean over many tokens) from underflowing and a loss scale of
+65536 from overflowing: entries down to 2^-38 of the largest survive, and 2^14 is a quarter of float16's maximum.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import chunking
+from .logit_transform import LogitTransform
+from .logits_triton import place, raw_tile, scale_factors, source_rows, tanh
+from .matmul_triton import matmul
+from .precision_triton import round_to
+from .tile_configs import GROUP_ROWS, Target, TileConfig, tile_config
+
+PEAK_EXPONENT = 14
+
+
+@triton.jit(do_not_specialize=["n", "V", "first_col"])
+def _dlogits_kernel(
+    hidden, weight, bias, labels, row_index, lse, grad, scale, dz,
+    n, V, H, first_col, hidden_row, hidden_col, weight_row, weight_col, inner, outer, factor, dz_row,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, GATHER: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row_block, col_block = place(tl.program_id(0), tl.cdiv(n, ROWS), tl.cdiv(V, COLS), GROUP)
+    rows = row_block * ROWS + tl.arange(0, ROWS)
+    cols = col_block * COLS + tl.arange(0, COLS)
+    hidden_rows = source_rows(row_index, rows, n, GATHER)
+    z = raw_tile(
+        hidden, weight, bias, hidden_rows, cols, V, H, hidden_row, hidden_col, weight_row, weight_col,
+        HAS_BIAS, ROWS, COLS, DEPTH,
+    )  # fmt: skip
+    kept = rows < n
+    label = tl.load(labels + rows, mask=kept, other=-1) - first_col
+    row_lse = tl.load(lse + rows, mask=kept, other=0.0)
+    coefficient = tl.load(grad + rows, mask=kept, other=0.0) * factor * tl.load(scale)
+    if SOFTCAP:
+        bent = tanh(z * inner)
+        z = bent * outer
+    else:
+        z *= outer
+    d = tl.where(cols[None, :] == label[:, None], 1.0, 0.0) - tl.exp(z - row_lse[:, None])
+    if SOFTCAP:
+        d *= 1.0 - bent * bent
+    # Rows past n have coefficient 0. A row without a coefficient adds nothing, whatever its lse is.
+    d = tl.where((cols < V)[None, :] & (coefficient != 0.0)[:, None], d * coefficient[:, None], 0.0)
+    tl.store(dz + rows.to(tl.int64)[:, None] * dz_row + cols[None, :], round_to(d, dz.dtype.element_ty))
+
+
+def launch_backward(
+    grad: Tensor,  # (n,) float32
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    labels: Tensor,  # (n,) int64
+    rows: Tensor | None,  # (n,) int64
+    lse: Tensor,  # (n,) float32
+    transform: LogitTransform,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    target: Target,
+    budget: int,  # bytes of workspace
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden (N, H), weight (V, H) and bias (V,) in their dtypes; None where not needed."""
+    n, (vocab, width), device = labels.numel(), weight.shape, hidden.device
+    unwritten = n == 0 or rows is not None
+    d_hidden = _gradient(hidden.shape, hidden.dtype, device, zero=unwritten) if need_hidden else None
+    d_weight = _gradient(weight.shape, weight.dtype, device, zero=n == 0) if need_weight else None
+    d_bias = _gradient((vocab,), torch.float32, device, zero=True) if need_bias else None
+    if n == 0 or not (need_hidden or need_weight or need_bias):
+        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype)
+
+    use = "logits" if transform.softcap is None else "softcap"
+    config = tile_config(use, target, hidden, weight)
+    matmul_config = tile_config("matmul", target, hidden, weight)
+    cut_vocabulary = n <= vocab
+    slices = plan_slices(n, vocab, config, hidden.dtype, budget)
+    # The first slice is the largest; it is padded to whole tiles, which the kernel fills with zeros.
+    shape = [
+        _padded(s.stop - s.start, step) for s, step in zip(slices[0], config[:2], strict=True)
+    ]
+    workspace = torch.empty(shape, dtype=hidden.dtype, device=device)
+    # Where one slice is all, nothing has to be summed.
+    sum_hidden = sum_weight = None
+    if len(slices) > 1 and cut_vocabulary and d_hidden is not None:
+        in_place = d_hidden.dtype == torch.float32 and rows is None
+        sum_hidden = d_hidden if in_place else _gradient((n, width), torch.float32, device)
+    if len(slices) > 1 and not cut_vocabulary and d_weight is not None:
+        in_place = d_weight.dtype == torch.float32
+        sum_weight = d_weight if in_place else _gradient((vocab, width), torch.float32, device)
+
+    inner, outer = scale_factors(transform)
+    scale, unscale = power_of_two_scale(grad, transform.linear_factor)
+    for r, c in slices:
+        slice_rows = None if rows is None else rows[r]
+        slice_hidden = hidden[r] if rows is None else hidden
+        dz = workspace[: r.stop - r.start, : c.stop - c.start]
+        _dlogits_kernel[(triton.cdiv(dz.shape[0], config.rows) * triton.cdiv(dz.shape[1], config.cols),)](
+            slice_hidden, weight[c], None if bias is None else bias[c], labels[r], slice_rows, lse[r], grad[r],
+            scale, dz, *dz.shape, width, c.start, *hidden.stride(), *weight.stride(),
+            inner, outer, transform.linear_factor, dz.stride(0),
+            HAS_BIAS=bias is not None, SOFTCAP=transform.softcap is not None, GATHER=rows is not None,
+            ROWS=config.rows, COLS=config.cols, DEPTH=config.depth, GROUP=GROUP_ROWS,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        first, last = (r, c) == slices[0], (r, c) == slices[-1]
+        if d_hidden is not None:
+            final = last or sum_hidden is None
+            matmul(
+                dz, weight[c],
+                (d_hidden if rows is not None else d_hidden[r]) if final else sum_hidden,
+                matmul_config,
+                alpha=unscale if final else None,
+                out_rows=slice_rows if final else None,
+                addend=None if first else sum_hidden,
+            )  # fmt: skip
+        if d_weight is not None:
+            final = last or sum_weight is None
+            matmul(
+                dz.t(), slice_hidden,
+                d_weight[c] if final else sum_weight,
+                matmul_config,
+                alpha=unscale if final else None,
+                inner_rows=slice_rows,
+                addend=None if first else sum_weight,
+            )  # fmt: skip
+        if d_bias is not None:
+            d_bias[c] += dz.sum(dim=0, dtype=torch.float32) * unscale
+    return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype)
+
+
+def plan_slices(
+    n: int, vocab: int, config: TileConfig, dtype: torch.dtype, budget: int
+) -> list[tuple[slice, slice]]:
+    """Slices (rows, columns) of the n×V logits, cut along the larger side into equal parts that fit ``budget``.
+
+    A part holds at least one tile across the cut, so a tiny budget can be exceeded by that much.
+    """
+    across, other, step = (
+        (vocab, _padded(n, config.rows), config.cols)
+        if n <= vocab
+        else (n, _padded(vocab, config.cols), config.rows)
+    )
+    most = max(1, budget // (other * dtype.itemsize * step))  # tiles across a part
+    parts = triton.cdiv(triton.cdiv(across, step), most)
+    length = triton.cdiv(triton.cdiv(across, parts), step) * step
+    if n <= vocab:
+        return [(slice(0, n), c) for c in chunking.spans(vocab, length)]
+    return [(r, slice(0, vocab)) for r in chunking.spans(n, length)]
+
+
+def power_of_two_scale(grad: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """(s, 1/s), float32 scalars on the device: s brings the largest |c_i·dz/du| into [2^13, 2^14)."""
+    exponent = torch.frexp(grad.abs().amax() * abs(factor)).exponent
+    exponent = (PEAK_EXPONENT - exponent).clamp_(-100, 100)  # both powers stay normal numbers
+    one = torch.ones((), dtype=torch.float32, device=grad.device)
+    return torch.ldexp(one, exponent), torch.ldexp(one, -exponent)
+
+
+def _padded(count: int, step: int) -> int:
+    return triton.cdiv(count, step) * step
+
+
+def _gradient(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, zero: bool = False
+) -> Tensor:
+    return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)

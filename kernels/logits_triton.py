@@ -1,0 +1,79 @@
+"""Device functions that make one tile of logits; inlined into the forward and the backward kernel alike.
+
+    u = H_rows · W_colsᵀ + b        t = tanh(u·inner)  with a softcap, else u        z = t·outer
+
+``inner`` = scale/softcap and ``outer`` = softcap/temperature, or ``outer`` = scale/temperature without a softcap
+(``scale_factors``). Shapes: H_rows (ROWS, H), W_cols (COLS, H), u and z (ROWS, COLS) float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .logit_transform import LogitTransform
+from .precision_triton import dot
+
+
+def scale_factors(transform: LogitTransform) -> tuple[float, float]:
+    """``(inner, outer)`` of the formula above."""
+    if transform.softcap is None:
+        return 1.0, transform.linear_factor
+    return transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
+
+
+@triton.jit
+def place(pid, row_blocks, columns, GROUP: tl.constexpr):
+    """(row block, column) of a program: GROUP row blocks go through all columns before the next GROUP."""
+    group = pid // (GROUP * columns)
+    first = group * GROUP
+    height = tl.minimum(row_blocks - first, GROUP)
+    within = pid - group * GROUP * columns
+    return first + within % height, within // height
+
+
+@triton.jit
+def source_rows(row_index, rows, n, GATHER: tl.constexpr):
+    """Where ``rows`` of the kept rows lie in hidden, int64; rows past the end repeat a valid one."""
+    rows = tl.minimum(rows, n - 1)
+    return tl.load(row_index + rows) if GATHER else rows.to(tl.int64)
+
+
+@triton.jit
+def raw_tile(
+    hidden, weight, bias, rows, cols, V, H, hidden_row, hidden_col, weight_row, weight_col,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """u of rows × cols. Columns past V repeat the last one: loads need no mask, the caller drops them."""
+    cols = tl.minimum(cols, V - 1)
+    depth = tl.arange(0, DEPTH)
+    h_ptrs = hidden + rows[:, None] * hidden_row + depth[None, :] * hidden_col
+    w_ptrs = weight + cols.to(tl.int64)[None, :] * weight_row + depth[:, None] * weight_col
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(bias + cols).to(tl.float32)[None, :]
+    for start in range(0, H, DEPTH):
+        h = tl.load(h_ptrs, mask=depth[None, :] < H - start, other=0.0)
+        w = tl.load(w_ptrs, mask=depth[:, None] < H - start, other=0.0)
+        acc = dot(h, w, acc)
+        h_ptrs += DEPTH * hidden_col
+        w_ptrs += DEPTH * weight_col
+    return acc
+
+
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Left and right half of a tile's columns. Element-wise work on a whole 128×256 tile overflows the registers."""
+    return tile.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def tanh(x):
+    """tanh in float32 to a relative error of about 2e-7.
+
+    The exponential form loses relative accuracy near 0, so a fitted odd polynomial (error 4e-8) stands in there.
+    """
+    square = x * x
+    tail = -0.33332957 + square * (0.13320942 + square * (-0.05268414 + square * 0.01645875))
+    far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    return tl.where(tl.abs(x) < 0.55, x + x * square * tail, far)

@@ -1,0 +1,136 @@
+"""The one table of tile shapes of the Triton kernels: per kernel, chip and dtype family, fixed before run time.
+
+A matrix kernel makes ``rows × cols`` of its output with ``warps`` warps and walks the inner dimension ``depth``
+at a time, with loads ``stages`` deep in flight. No autotuner runs: what a chip gets is written here, and
+``fastpo.kernels.audit`` compiles all of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # read when the kernels are decorated, so once
+
+GROUP_ROWS = 16  # row blocks that share a sweep over the vocabulary, so that they meet in the L2 cache
+
+
+class TileConfig(NamedTuple):
+    """Shape of one program's work in a matrix kernel."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+class Target(NamedTuple):
+    """What the launchers need to know about a device."""
+
+    chip: str
+    processors: int  # streaming multiprocessors
+
+
+# sm_80 stands for every chip that has mma.sync but neither wgmma nor tcgen05: its tiles also fit into the 99 KiB
+# of shared memory of sm_86, sm_89 and sm_120.
+CHIPS = ("sm_80", "sm_90", "sm_100")
+
+_INTERPRETER_TILE = TileConfig(16, 32, 16, 1, 1)
+
+# "logits": rows × cols of the logits, in the forward and in the backward; "softcap": the same with a softcap, whose
+# tanh needs registers; "matmul": the products of the backward; "unaligned": any of these for operands that cannot
+# be loaded 16 bytes at a time, which takes registers for addresses.
+_TABLE: dict[tuple[str, str, str], TileConfig] = {
+    ("logits", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
+    ("logits", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("logits", "sm_90", "half"): TileConfig(128, 256, 64, 8, 4),
+    ("logits", "sm_90", "float32"): TileConfig(64, 128, 32, 4, 3),
+    ("logits", "sm_100", "half"): TileConfig(128, 256, 64, 8, 4),
+    ("logits", "sm_100", "float32"): TileConfig(64, 128, 32, 4, 3),
+    ("softcap", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
+    ("softcap", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("softcap", "sm_90", "half"): TileConfig(128, 128, 64, 8, 4),
+    ("softcap", "sm_90", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("softcap", "sm_100", "half"): TileConfig(128, 128, 64, 8, 4),
+    ("softcap", "sm_100", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("matmul", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
+    ("matmul", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("matmul", "sm_90", "half"): TileConfig(128, 256, 64, 8, 4),
+    ("matmul", "sm_90", "float32"): TileConfig(64, 128, 32, 4, 3),
+    ("matmul", "sm_100", "half"): TileConfig(128, 256, 64, 8, 4),
+    ("matmul", "sm_100", "float32"): TileConfig(64, 128, 32, 4, 3),
+    ("unaligned", "sm_80", "half"): TileConfig(64, 64, 32, 4, 3),
+    ("unaligned", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("unaligned", "sm_90", "half"): TileConfig(64, 64, 32, 4, 3),
+    ("unaligned", "sm_90", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("unaligned", "sm_100", "half"): TileConfig(64, 64, 32, 4, 3),
+    ("unaligned", "sm_100", "float32"): TileConfig(64, 64, 32, 4, 3),
+}
+
+_pretended: ContextVar[Target | None] = ContextVar("pretended", default=None)
+
+
+@contextmanager
+def pretend(chip: str, processors: int = 132) -> Iterator[None]:
+    """Inside, every device counts as ``chip``: how the audit sees what a launcher would do there."""
+    token = _pretended.set(Target(chip, processors))
+    try:
+        yield
+    finally:
+        _pretended.reset(token)
+
+
+def target(device: torch.device) -> Target | str:
+    """The device as the table knows it, or the reason why Triton kernels cannot run on it."""
+    pretended = _pretended.get()
+    if pretended is not None:
+        return pretended
+    if INTERPRETED:
+        return Target("interpreter", 4)
+    if device.type != "cuda":
+        return f"the tensors are on {device} and TRITON_INTERPRET=1 was not set when Triton was loaded"
+    if torch.version.hip is not None:
+        return "AMD devices have no entry in the tile table"
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
+        return f"compute capability {properties.major}.{properties.minor} is below 8.0"
+    chip = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
+    return Target(chip, properties.multi_processor_count)
+
+
+def tile_config(use: str, target: Target, *operands: torch.Tensor) -> TileConfig:
+    """The tile for ``use`` ("logits", "softcap" or "matmul") of matrices that come from the caller."""
+    if target.chip == "interpreter":
+        return _INTERPRETER_TILE
+    if not all(map(_aligned, operands)):
+        use = "unaligned"
+    return _TABLE[use, target.chip, "float32" if operands[0].dtype == torch.float32 else "half"]
+
+
+def _aligned(matrix: torch.Tensor) -> bool:
+    """Whether Triton will see that the rows can be loaded 16 bytes at a time: it asks for multiples of 16."""
+    (row, col), width = matrix.stride(), matrix.shape[1]
+    return col == 1 and row % 16 == 0 and width % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def vocabulary_splits(row_blocks: int, tiles: int, processors: int) -> int:
+    """Into how many splits the vocabulary tiles go so that ``processors`` programs at a time end earliest.
+
+    A split walks its tiles one after the other. Fewer splits mean fewer partial results to merge; at least as
+    many are taken as fill the chip while only ``GROUP_ROWS`` row blocks are under way.
+    """
+    least = min(tiles, math.ceil(processors / min(row_blocks, GROUP_ROWS)))
+    most = min(tiles, 4 * least)
+
+    def makespan(splits: int) -> int:
+        return math.ceil(row_blocks * splits / processors) * math.ceil(tiles / splits)
+
+    best = min(range(least, most + 1), key=lambda splits: (makespan(splits), splits))
+    return math.ceil(tiles / math.ceil(tiles / best))  # no split without a tile
