@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
+import json
 import textwrap
 import typing
 from collections.abc import Sequence
@@ -81,15 +83,14 @@ def _take_values(
     parser: HfArgumentParser, values: dict[str, Any], settings: argparse.Namespace, where: str
 ) -> None:
     """Put YAML values into `settings`. Scalars are parsed as text: PyYAML takes 1e-6 for a string."""
-    hints = typing.get_type_hints(PreferenceConfig)
     scalars = []
     for name, value in values.items():
         if name not in _field_names():
             raise ValueError(f"{where}: {_unknown(str(name))}")
         if value is None or isinstance(value, dict | list):
-            if not _allows(hints[name], type(value)):
+            if not _allows(_hints()[name], type(value)):
                 raise ValueError(
-                    f"{where}: {name}: got {_kind(value)}, expected {_type_name(hints[name])}"
+                    f"{where}: {name}: got {_kind(value)}, expected {_type_name(_hints()[name])}"
                 )
             setattr(settings, name, value)
         else:
@@ -105,6 +106,12 @@ def _take_arguments(
     except argparse.ArgumentError as error:
         field = (error.argument_name or "").split("/")[0].lstrip("-")
         raise ValueError(f"{where}: {field}: {error.message}") from error
+    for name, value in vars(settings).items():
+        if isinstance(value, str) and value.startswith("{") and _allows(_hints()[name], dict):
+            try:
+                setattr(settings, name, json.loads(value))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: {name}: not JSON: {error}") from error
     if unknown and unknown[0].startswith("--"):
         raise ValueError(f"{where}: {_unknown(unknown[0][2:].split('=')[0].replace('-', '_'))}")
     if unknown:
@@ -113,6 +120,11 @@ def _take_arguments(
 
 def _field_names() -> list[str]:
     return [f.name for f in dataclasses.fields(PreferenceConfig) if f.init]
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(PreferenceConfig)
 
 
 def _unknown(name: str) -> str:

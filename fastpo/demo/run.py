@@ -58,6 +58,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small gain little from a second thread, and lose much where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class SeedResult:
     """Exact match of one seed's start and of every method trained from it, shares in [0, 1]."""
@@ -98,6 +109,7 @@ def run_demo(output_dir: Path, *, seeds: list[int], scale: float = 1.0) -> list[
     return results
 
 
+@_one_thread()
 def run_seed(directory: Path, seed: int, scale: float = 1.0) -> SeedResult:
     """Prepare one start in `directory` and train every method of `METHODS` from it."""
     seconds: dict[str, float] = {}
@@ -118,6 +130,7 @@ def run_seed(directory: Path, seed: int, scale: float = 1.0) -> SeedResult:
     return SeedResult(seed, pairs, before, after, seconds)
 
 
+@_one_thread()
 def prepare(directory: Path, seed: int, scale: float = 1.0) -> tuple[list[Problem], int]:
     """Write a fine-tuned checkpoint `model/` and preference pairs `train.jsonl` into `directory`.
 
@@ -145,7 +158,7 @@ def prepare(directory: Path, seed: int, scale: float = 1.0) -> tuple[list[Proble
 
 
 def train_method(start: Path, run_dir: Path, settings: dict[str, Any], seed: int) -> None:
-    """Train the checkpoint in `start` on its pairs; what the trainer prints goes to `train.log`."""
+    """Train the checkpoint in `start` on its pairs, with `settings` over `TRAINING`; prints to `train.log`."""
     from fastpo.trainer import PreferenceConfig, train
 
     run_dir.mkdir()
@@ -155,8 +168,7 @@ def train_method(start: Path, run_dir: Path, settings: dict[str, Any], seed: int
             model_name_or_path=str(start / "model"),
             dataset=str(start / "train.jsonl"),
             seed=seed,
-            **TRAINING,
-            **settings,
+            **(TRAINING | settings),
         )
         train(config)
 
@@ -172,13 +184,11 @@ def score(checkpoint: Path, problems: list[Problem]) -> float:
 def table(results: list[SeedResult]) -> str:
     """Exact match in percent, a line per seed and one of means."""
     head = ["exact match, %", "before", *METHODS]
-    rows = [[f"seed {r.seed}", r.before, *r.after.values()] for r in results]
-    columns = list(zip(*rows, strict=True))[1:]
-    rows.append(["mean", *(sum(c) / len(c) for c in columns)])
+    rows = {f"seed {r.seed}": [r.before, *r.after.values()] for r in results}
+    rows["mean"] = [sum(column) / len(column) for column in zip(*rows.values(), strict=True)]
     lines = ["".join(f"{h:>10}" if i else f"{h:<16}" for i, h in enumerate(head))]
-    lines += [
-        f"{name:<16}" + "".join(f"{100 * x:>10.1f}" for x in values) for name, *values in rows
-    ]
+    for name, shares in rows.items():
+        lines.append(f"{name:<16}" + "".join(f"{100 * share:>10.1f}" for share in shares))
     return "\n".join(lines)
 
 
