@@ -82,6 +82,7 @@ class FusedHead:
         if output_class is not None:
             _with_log_probs(output_class)  # made here, not under torch.compile
         self.tail = tail or Tail()
+        self.targets: list[nn.Module] = [self.head]  # whose forward makes the log-probs
         layers = linear_layers(self.head)
         name = type(self.model).__name__
         if tail is None:
@@ -100,9 +101,7 @@ class FusedHead:
             )
         else:
             self.method = "fused"
-        self.targets: list[nn.Module] = (
-            [*layers] if self.method == "fused" and layers else [self.head]
-        )
+            self.targets = [*layers]
         self._installed = 0
 
     def install(self) -> None:
@@ -185,10 +184,9 @@ class _Patch:
         self.modules = _patched_modules(installed)
         self.model = model = installed.model
         self.original = model.forward
-        self.__wrapped__ = (
-            model.forward
-        )  # inspect.signature follows it: generate() reads the signature
-        self.parameters = list(inspect.signature(model.forward).parameters)
+        # inspect.signature follows it, and generate() reads the signature.
+        self.__wrapped__ = self.original
+        self.parameters = list(inspect.signature(self.original).parameters)
         self.replaced = [_Replaced(model, self)]
         self.replaced += [_Replaced(m, _HeadForward(self, m, m.forward)) for m in self.modules]
         self.hook = self.head.register_forward_hook(self._take_aside)
@@ -237,7 +235,9 @@ class _Patch:
         """``forward`` of the head, or of a layer of it, in a call with labels."""
         call = self.call
         assert call is not None
-        labels, options, tail = call.labels, call.installed.options, call.installed.tail
+        # As the model's own loss would: layers may be spread over devices.
+        labels = call.labels = call.labels.to(hidden.device)
+        options, tail = call.installed.options, call.installed.tail
         if hidden.shape[:-1] != labels.shape:
             raise ValueError(
                 f"labels: got shape {tuple(labels.shape)}, but {type(call.installed.model).__name__} gives its "

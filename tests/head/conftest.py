@@ -26,6 +26,10 @@ SIZES: dict[str, Any] = {
 }
 
 
+# Every key is rotated: the gradient of a key's bias is zero in exact arithmetic where it is not.
+FULLY_ROTARY = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}
+
+
 class Architecture(NamedTuple):
     """A model class, its configuration class, what differs from ``SIZES``, and what follows its head."""
 
@@ -54,7 +58,7 @@ ARCHITECTURES = {
     ),
     "gemma3": Architecture("Gemma3ForCausalLM", "Gemma3TextConfig", {"tie_word_embeddings": True}),
     "mistral": Architecture("MistralForCausalLM", "MistralConfig", {"sliding_window": 6}),
-    "phi": Architecture("PhiForCausalLM", "PhiConfig", {}),
+    "phi": Architecture("PhiForCausalLM", "PhiConfig", {"rope_parameters": FULLY_ROTARY}),
     "phi3": Architecture("Phi3ForCausalLM", "Phi3Config", {}),
     "gpt2": Architecture("GPT2LMHeadModel", "GPT2Config", {"tie_word_embeddings": True}),
     "cohere": Architecture(
@@ -148,11 +152,9 @@ def expected_tail(architecture: str) -> tuple[float, float | None]:
 def plain_logprobs() -> Callable[..., torch.Tensor]:
     """The reference: all logits, log-softmax, pick the labels; 0 where there is none."""
 
-    def compute(model: torch.nn.Module, batch: Batch, **model_kwargs: object) -> torch.Tensor:
-        logits = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, **model_kwargs
-        ).logits
-        logps = torch.log_softmax(logits, dim=-1)
+    def compute(model: torch.nn.Module, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logps = torch.log_softmax(logits / temperature, dim=-1)
         picked = logps.gather(-1, batch.labels.clamp(min=0)[..., None]).squeeze(-1)
         return torch.where(batch.labels == -100, 0.0, picked)
 

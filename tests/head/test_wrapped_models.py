@@ -64,17 +64,46 @@ def test_peft(name, settings, method, build_model, batch, plain_logprobs, gradie
     with fallback if method == "chunked" else contextlib.nullcontext():
         head = FusedHead(model, return_stats=True)
     assert head.method == method
+    head_rows: list[int] = []
+    if method == "chunked":
+        layer = model.get_output_embeddings().base_layer
+        layer.register_forward_hook(lambda m, args, out: head_rows.append(out.shape[-2]))
     with head:
         out = model(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
         with model.disable_adapter():  # the reference model, from the same weights
             base = model(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
     torch.testing.assert_close(out.log_probs, expected, rtol=1e-5, atol=1e-5)
     assert_same(gradients(model, out.log_probs), expected_gradients)
+    assert max(head_rows, default=0) <= 5  # in the backward as well
     with model.disable_adapter():
         expected_base = plain_logprobs(model, batch)
     assert not torch.allclose(expected_base, expected, atol=0.1)
     torch.testing.assert_close(base.log_probs, expected_base, rtol=1e-5, atol=1e-5)
     assert out.token_stats.entropy.shape == batch.labels.shape
+
+
+class Doubled(torch.nn.Linear):
+    """Not W h + b, though a linear layer by its class."""
+
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "instance"])
+def test_other_linear_layers(kind, build_model, batch, plain_logprobs, gradients):
+    model = build_model("cohere")
+    if kind == "subclass":
+        model.lm_head.__class__ = Doubled
+    else:
+        forward = model.lm_head.forward
+        model.lm_head.forward = lambda hidden: 2 * forward(hidden)
+    expected = plain_logprobs(model, batch)
+    expected_gradients = gradients(model, expected)
+    with pytest.warns(UserWarning, match="not a plain linear layer"):
+        logps = model_logprobs(model, *batch)
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+    assert_same(gradients(model, logps), expected_gradients)
+    assert (kind == "instance") == ("forward" in vars(model.lm_head))
 
 
 @pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}, {}])
