@@ -169,6 +169,13 @@ class DynamicMargin(nn.Module):
     def extra_repr(self) -> str:
         return f"tau={self.tau}, scope={self.scope!r}, queue_size={self.queue_size}, solver={self.solver!r}"
 
+    @property
+    def ranks(self) -> int:
+        """How many processes' pairs γ is solved over."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return 1
+        return dist.get_world_size(self.group)
+
     def forward(self, gaps: Tensor, gamma0: float) -> Tensor:
         """γ (B,) for this rank's gaps (B,), in their dtype, detached.
 
@@ -206,7 +213,7 @@ class DynamicMargin(nn.Module):
 
     @torch.compiler.disable
     def push(self, gaps: Tensor) -> None:
-        """Queue the gaps (of all ranks) after those that are there; the oldest leave. Not finite counts as 0."""
+        """Queue the gaps (of all ranks) after those that are there; the oldest ones leave."""
         if self.scope == "batch":
             return
         # A queue follows the gaps to their device, and stays float64 whatever the module was cast to.
@@ -226,9 +233,7 @@ class DynamicMargin(nn.Module):
 
     def _all_ranks(self, gaps: Tensor) -> tuple[Tensor, int]:
         """The gaps of all ranks in rank order, and where this rank's begin."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return gaps, 0
-        ranks = dist.get_world_size(self.group)
+        ranks = self.ranks
         if ranks == 1:
             return gaps, 0
         on_host = "cpu" in dist.get_backend_config(self.group)

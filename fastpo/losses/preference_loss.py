@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastpo.kernels.preference_epilogue_torch import PAIR_LOSSES, pair_loss
+from fastpo.margins import DynamicMargin
 from fastpo.ops.linear_logprobs import TokenStats, linear_logprobs
+from fastpo.ops.preference_epilogue import epilogue_backend, preference_epilogue
 from fastpo.ops.sequence_logprobs import sequence_sums
 
 from .metrics import PreferenceOutput, token_means
@@ -223,7 +227,10 @@ class PreferenceLoss(nn.Module):
         cu_seqlens: Tensor | None,
         ref_logps: Tensor | None,
     ) -> PreferenceOutput:
-        """Token log-probs → sums, lengths → gaps → γ → losses, in plain PyTorch, for any loss and device."""
+        """Token log-probs → sums, lengths → gaps → γ → losses: in one launch where it can, else in PyTorch."""
+        sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        if self._fits_one_launch(token_logps, sequences // 2):
+            return self._one_launch(token_logps, labels, cu_seqlens, ref_logps)
         sums, lengths = sequence_sums(
             token_logps, labels, cu_seqlens=cu_seqlens, ignore_index=self.ignore_index
         )
@@ -241,6 +248,66 @@ class PreferenceLoss(nn.Module):
             chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths
         )
         return self._score(pairs, torch.promote_types(token_logps.dtype, torch.float32))
+
+    def _fits_one_launch(self, token_logps: Tensor, pairs: int) -> bool:
+        """Whether the Triton epilogue computes this loss; γ over several ranks needs their gaps in between."""
+        margin = self.margin
+        solvable = margin is None or (
+            isinstance(margin, DynamicMargin) and margin.solver == "exact" and margin.ranks == 1
+        )
+        extra = margin.sample_size if isinstance(margin, DynamicMargin) else 0
+        backend = self.operation_options["backend"]
+        return (
+            self.spec.name in PAIR_LOSSES
+            and solvable
+            and not self.sft_weight
+            and epilogue_backend(token_logps, pairs, extra, backend) == "triton"
+        )
+
+    def _one_launch(
+        self,
+        token_logps: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        ref_logps: Tensor | None,
+    ) -> PreferenceOutput:
+        """The same by the one-launch operation, for a loss and a margin that it knows."""
+        margin = self.margin if isinstance(self.margin, DynamicMargin) else None
+        sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        options = self.function.keywords if isinstance(self.function, functools.partial) else {}
+        result = preference_epilogue(
+            token_logps,
+            labels,
+            pair_loss(self.spec.name, label_smoothing=self.label_smoothing, **options),
+            beta=self.beta,
+            gamma0=self.gamma0,
+            tau=None if margin is None else margin.tau,
+            cu_seqlens=cu_seqlens,
+            ref_logps=ref_logps,
+            extra_gaps=None if margin is None else margin.context(sequences // 2),
+            ignore_index=self.ignore_index,
+            backend="triton",
+        )
+        if margin is not None and margin.training:
+            margin.push(result.gaps)
+        halves = [
+            None if values is None else values.detach().chunk(2)
+            for values in (result.logps, ref_logps, result.lengths)
+        ]
+        pairs = Pairs.build(*(half for both in halves for half in both or (None, None)))
+        rewards = self.spec.rewards(pairs, self.beta)
+        chosen_logps, rejected_logps = result.logps.chunk(2)
+        return PreferenceOutput(
+            loss=result.losses.mean(),
+            losses=result.losses,
+            chosen_logps=chosen_logps,
+            rejected_logps=rejected_logps,
+            chosen_rewards=rewards.chosen.float(),
+            rejected_rewards=rewards.rejected.float(),
+            gamma=result.gamma,
+            nll_loss=None,
+            num_tokens=result.lengths.sum(),
+        )
 
     def _score(self, pairs: Pairs, dtype: torch.dtype) -> PreferenceOutput:
         """Gaps → γ → losses, in float64, and the results in ``dtype``."""
@@ -276,7 +343,7 @@ class PreferenceLoss(nn.Module):
             rejected_rewards=rewards.rejected.to(dtype),
             gamma=None if gamma is None else gamma.to(dtype),
             nll_loss=None if nll_loss is None else nll_loss.to(dtype),
-            num_tokens=None if labelled is None else torch.cat(pairs.lengths).sum(),
+            num_tokens=None if labelled is None else torch.cat(pairs.lengths).sum().long(),
         )
 
 

@@ -17,6 +17,8 @@ from fastpo.kernels.backends import choose_backend, linear_logprobs_module
 from fastpo.kernels.logit_transform import LogitTransform
 from fastpo.kernels.precision import TORCH_DTYPES, accumulation_dtype
 
+from .differentiable_once import refuse_double_backward
+
 BACKWARDS = ("auto", "exact")
 
 
@@ -412,13 +414,4 @@ def _differentiate(ctx, d_logps, *_):  # type: ignore[no-untyped-def]
 
 
 _linear_logprobs.register_autograd(_differentiate, setup_context=_save_for_backward)
-
-
-def _refuse_double_backward(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "fastpo.linear_logprobs can be differentiated once: its gradient has no gradient of its own "
-        "(create_graph=True was given, or a gradient penalty is in use)"
-    )
-
-
-_linear_logprobs_backward.register_autograd(_refuse_double_backward)
+refuse_double_backward(_linear_logprobs_backward, "fastpo.linear_logprobs")
