@@ -26,19 +26,38 @@ from torch import Tensor
 import fastpo
 from fastpo.kernels.linear_logprobs_torch import linear_logprobs_reference
 from fastpo.kernels.logit_transform import LogitTransform
+from fastpo.kernels.preference_epilogue_torch import PAIR_LOSSES, pair_loss
+from fastpo.ops.preference_epilogue import preference_epilogue
 
 MIB = 1024 * 1024
 # (N, H, V): rows outside and vocabulary outside, odd, prime, tiny, and a wide head
-CHECK_SHAPES = [(257, 128, 5003), (4096, 96, 1009), (64, 1000, 32_000), (33, 64, 128_256), (1, 1, 1)]
-TIME_SHAPES = [(4096, 4096, 32_000), (16_384, 4096, 128_256), (16_384, 4096, 151_936), (8192, 1024, 151_936)]
+CHECK_SHAPES = [
+    (257, 128, 5003),
+    (4096, 96, 1009),
+    (64, 1000, 32_000),
+    (33, 64, 128_256),
+    (1, 1, 1),
+]
+TIME_SHAPES = [
+    (4096, 4096, 32_000),
+    (16_384, 4096, 128_256),
+    (16_384, 4096, 151_936),
+    (8192, 1024, 151_936),
+]
 # What a result may differ by from float64 of the same inputs: nats per token; relative L2 of a gradient.
-TOLERANCES = {torch.float32: (2e-6, 1e-5), torch.bfloat16: (1e-4, 4e-3), torch.float16: (1e-4, 4e-3)}
+TOLERANCES = {
+    torch.float32: (2e-6, 1e-5),
+    torch.bfloat16: (1e-4, 4e-3),
+    torch.float16: (1e-4, 4e-3),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--minutes", type=float, default=7.0, help="stop starting new entries after this long")
+    parser.add_argument(
+        "--minutes", type=float, default=7.0, help="stop starting new entries after this long"
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_pass: no CUDA device", file=sys.stderr)
@@ -94,7 +113,10 @@ def entries() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "check determinism", check_determinism
     for shape in TIME_SHAPES:
         yield f"time bf16 {shape}", lambda s=shape: time_linear_logprobs(s, torch.bfloat16)
-    yield "time fp32 (2048, 1024, 32000)", lambda: time_linear_logprobs((2048, 1024, 32_000), torch.float32)
+    yield (
+        "time fp32 (2048, 1024, 32000)",
+        lambda: time_linear_logprobs((2048, 1024, 32_000), torch.float32),
+    )
     yield "time epilogue", time_epilogue
 
 
@@ -118,7 +140,9 @@ def relative(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm().clamp(min=1e-300))
 
 
-def check_linear_logprobs(shape: tuple[int, int, int], dtype: torch.dtype, flags: bool) -> dict[str, Any]:
+def check_linear_logprobs(
+    shape: tuple[int, int, int], dtype: torch.dtype, flags: bool
+) -> dict[str, Any]:
     """Log-probs, statistics and gradients of the Triton path against float64 on the device."""
     hidden, weight, labels, bias = draw(shape, dtype, seed=sum(shape))
     if flags:
@@ -127,7 +151,13 @@ def check_linear_logprobs(shape: tuple[int, int, int], dtype: torch.dtype, flags
         transform, bias, labels = LogitTransform(), None, labels.clamp(min=0)
     leaves = [None if t is None else t.requires_grad_() for t in (hidden, weight, bias)]
     result = fastpo.linear_logprobs(
-        leaves[0], leaves[1], labels, leaves[2], backend="triton", return_stats=flags, **transform._asdict()
+        leaves[0],
+        leaves[1],
+        labels,
+        leaves[2],
+        backend="triton",
+        return_stats=flags,
+        **transform._asdict(),
     )
     logps, stats = result if flags else (result, None)
     coefficient = torch.randn(shape[0], device="cuda")
@@ -158,7 +188,9 @@ def check_linear_logprobs(shape: tuple[int, int, int], dtype: torch.dtype, flags
         entropy = torch.where(kept, -(logp.exp() * logp).sum(-1), 0.0)
         figures["entropy_error_nats"] = float((stats.entropy.double() - entropy).abs().max())
         figures["top1_wrong"] = int((stats.top1 != (kept & (z.argmax(-1) == labels))).sum())
-        figures["ok"] = figures["ok"] and figures["entropy_error_nats"] <= 1e-3 and figures["top1_wrong"] == 0
+        figures["ok"] = (
+            figures["ok"] and figures["entropy_error_nats"] <= 1e-3 and figures["top1_wrong"] == 0
+        )
     return figures
 
 
@@ -172,6 +204,76 @@ def check_determinism() -> dict[str, Any]:
         return [logps.detach(), *torch.autograd.grad(logps.sum(), (h, w))]
 
     return {"ok": all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))}
+
+
+def draw_pairs(pairs: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Token log-probs, labels (a third ignored) and reference sums of ``pairs`` pairs."""
+    options: dict[str, Any] = {
+        "device": "cuda",
+        "generator": torch.Generator("cuda").manual_seed(seed),
+    }
+    labels = torch.randint(1000, (2 * pairs, length), **options)
+    labels[torch.rand(labels.shape, **options) < 1 / 3] = -100
+    token_logps = -2 * torch.rand(labels.shape, **options)
+    return token_logps, labels, -length * torch.rand(2 * pairs, **options)
+
+
+def check_epilogue() -> dict[str, Any]:
+    """Every loss of the one-launch kernel, fixed and dynamic margin, against its float64 twin on the CPU."""
+    worst: dict[str, float] = {}
+    for pairs, length in ((1, 5), (37, 200), (1000, 64), (4096, 16)):
+        inputs = draw_pairs(pairs, length, seed=pairs)
+        for name in PAIR_LOSSES:
+            loss = pair_loss(name, label_smoothing=0.1)
+            for tau in (None, 0.5):
+                options: dict[str, Any] = {"beta": 0.3, "gamma0": 1.0, "tau": tau}
+                extra = torch.linspace(-4, 4, 256, dtype=torch.float64)
+                got = preference_epilogue(
+                    inputs[0], inputs[1], loss, ref_logps=inputs[2], backend="triton",
+                    extra_gaps=extra.cuda() if tau else None, **options,
+                )  # fmt: skip
+                host = [t.cpu() for t in inputs]
+                truth = preference_epilogue(
+                    host[0], host[1], loss, ref_logps=host[2], backend="torch",
+                    extra_gaps=extra if tau else None, **options,
+                )  # fmt: skip
+                for field in ("losses", "logps", "gaps", "gamma", "coefficients"):
+                    a, b = getattr(got, field), getattr(truth, field)
+                    if b is not None:
+                        worst[field] = max(worst.get(field, 0.0), relative(a.cpu(), b.double()))
+    return {
+        "ok": len(worst) == 5 and all(error <= 1e-5 for error in worst.values()),
+        "errors": worst,
+    }
+
+
+def time_epilogue() -> dict[str, Any]:
+    """The launch for 256 pairs of 1024 tokens with 256 γ, and the γ solve alone for 256 and 4096 gaps."""
+    token_logps, labels, ref_logps = draw_pairs(256, 1024)
+    loss = pair_loss("dpo")
+    raw = {
+        f"256 pairs, {backend}": milliseconds(
+            lambda b=backend: preference_epilogue(
+                token_logps,
+                labels,
+                loss,
+                beta=0.1,
+                gamma0=1.0,
+                tau=10.0,
+                ref_logps=ref_logps,
+                backend=b,
+            ),
+            20,
+        )
+        for backend in ("triton", "torch")
+    }
+    for n in (256, 4096):
+        gaps = torch.randn(n, device="cuda") * 3
+        raw[f"solve {n}"] = milliseconds(lambda g=gaps: fastpo.solve_margins(g, 1.0, 10.0), 20)
+    figures: dict[str, Any] = {
+        f"{name} ms": statistics.median(times) for name, times in raw.items()
+    }
+    return {**figures, "raw_ms": list(raw.items())}
 
 
 def milliseconds(step: Callable[[], object], repeats: int = 7) -> list[float]:

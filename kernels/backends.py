@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from types import ModuleType
@@ -46,10 +47,5 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
 
 def linear_logprobs_module(hidden: Tensor, backend: str) -> ModuleType:
     """The module whose ``forward`` and ``backward`` compute token log-probs for ``hidden``."""
-    if choose_backend(backend, hidden.device, hidden.dtype) == "triton":
-        from . import linear_logprobs_triton
-
-        return linear_logprobs_triton
-    from . import linear_logprobs_torch
-
-    return linear_logprobs_torch
+    name = choose_backend(backend, hidden.device, hidden.dtype)
+    return importlib.import_module(f".linear_logprobs_{name}", __package__)

@@ -290,13 +290,12 @@ class PreferenceLoss(nn.Module):
         )
         if margin is not None and margin.training:
             margin.push(result.gaps)
-        halves = [
-            None if values is None else values.detach().chunk(2)
-            for values in (result.logps, ref_logps, result.lengths)
-        ]
-        pairs = Pairs.build(*(half for both in halves for half in both or (None, None)))
-        rewards = self.spec.rewards(pairs, self.beta)
         chosen_logps, rejected_logps = result.logps.chunk(2)
+        references = (None, None) if ref_logps is None else ref_logps.chunk(2)
+        pairs = Pairs.build(
+            chosen_logps.detach(), rejected_logps.detach(), *references, *result.lengths.chunk(2)
+        )
+        rewards = self.spec.rewards(pairs, self.beta)
         return PreferenceOutput(
             loss=result.losses.mean(),
             losses=result.losses,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 
 def refuse_double_backward(backward_operation: CustomOpDef, name: str) -> None:
