@@ -32,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _told_in_full(error):
             raise
-        print(f"fastpo {arguments.command}: error: {_one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, ArithmeticError) else 2
+        stopped = isinstance(error, ArithmeticError)  # in the middle of a progress bar's line
+        lead = "\n" if stopped else ""
+        print(f"{lead}fastpo {arguments.command}: error: {_one_line(error)}", file=sys.stderr)
+        return 1 if stopped else 2
 
 
 def _told_in_full(error: Exception) -> bool:

@@ -109,7 +109,6 @@ def run_demo(output_dir: Path, *, seeds: list[int], scale: float = 1.0) -> list[
     return results
 
 
-@_one_thread()
 def run_seed(directory: Path, seed: int, scale: float = 1.0) -> SeedResult:
     """Prepare one start in `directory` and train every method of `METHODS` from it."""
     seconds: dict[str, float] = {}
@@ -157,6 +156,7 @@ def prepare(directory: Path, seed: int, scale: float = 1.0) -> tuple[list[Proble
     return test, len(rows)
 
 
+@_one_thread()
 def train_method(start: Path, run_dir: Path, settings: dict[str, Any], seed: int) -> None:
     """Train the checkpoint in `start` on its pairs, with `settings` over `TRAINING`; prints to `train.log`."""
     from fastpo.trainer import PreferenceConfig, train
@@ -173,6 +173,7 @@ def train_method(start: Path, run_dir: Path, settings: dict[str, Any], seed: int
         train(config)
 
 
+@_one_thread()
 def score(checkpoint: Path, problems: list[Problem]) -> float:
     """Exact match of a checkpoint directory on `problems`."""
     with _log_to(Path(os.devnull)):
