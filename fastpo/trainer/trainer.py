@@ -201,6 +201,10 @@ class PreferenceTrainer(Trainer):
     ) -> tuple[list[dict[str, Tensor]], Any]:
         """The micro-steps of one optimiser step; how many pairs they hold on average decides their weights."""
         self._micro_steps = []
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed at its end, in the middle of an epoch: transformers would train one step too many.
+            self.control.should_training_stop = True
+            return [], None
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self._mean_pairs = sum(len(batch["rows"]) for batch in batches) / len(batches)
@@ -358,7 +362,8 @@ class PreferenceTrainer(Trainer):
         for k, step in enumerate(self._micro_steps, start=1):
             loss = step.output.loss.item()
             if not math.isfinite(loss):
-                bad = ~step.output.losses.isfinite()
+                # Not the losses: one bad gap makes every γ bad, and with it all losses of the batch.
+                bad = ~(step.output.chosen_rewards + step.output.rejected_rewards).isfinite()
                 rows = _listed([step.rows[bad] if bad.any() else step.rows])
                 return f"the loss is {loss} in micro-step {k} of {count}, data rows {rows}"
         # Under float16 an overflow is found and skipped by the gradient scaler.

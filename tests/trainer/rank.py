@@ -53,6 +53,7 @@ def main(directory: Path) -> None:
             "eval": evaluation,
             "error": error,
             "ranks": config.world_size,
+            "matplotlib": "matplotlib" in sys.modules,
         }
         (output / f"seen-{rank}.json").write_text(json.dumps(seen))
         weights = {k: v.contiguous() for k, v in trainer.model.state_dict().items()}

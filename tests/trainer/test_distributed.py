@@ -109,6 +109,7 @@ def test_two_ranks_equal_one_process(
         metrics = one.evaluate()
         seen = [json.loads((tmp_path / name / f"seen-{r}.json").read_text()) for r in (0, 1)]
         assert [s["ranks"] for s in seen] == [2, 2]
+        assert not any(s["matplotlib"] for s in seen)  # imported for a plot alone
         assert seen[0]["log"][:4] == seen[1]["log"][:4]
         for line, expected in zip(seen[0]["log"][:4], one.state.log_history[:4], strict=True):
             assert line["num_tokens"] == expected["num_tokens"]

@@ -118,6 +118,18 @@ def test_job_goes_on_where_it_stopped(job: Settings, tmp_path: Path) -> None:
     ]
 
 
+def test_finished_job_is_not_trained_again(job: Settings, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    first = train(job(**options))
+    again = train(job(resume_from_checkpoint="auto", **options))
+    assert again.state.global_step == 4
+    assert [e["loss"] for e in again.state.log_history if "loss" in e] == [
+        e["loss"] for e in first.state.log_history if "loss" in e
+    ]
+    for name, parameter in first.model.named_parameters():
+        assert torch.equal(parameter, again.model.get_parameter(name)), name
+
+
 def test_lora_job_leaves_an_adapter_that_loads(job: Settings, model: Any, tmp_path: Path) -> None:
     options = {"peft": {"r": 4, "target_modules": ["q_proj", "v_proj"]}, "learning_rate": 1e-2}
     trainer = train(job(**options))

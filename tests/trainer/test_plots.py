@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +111,3 @@ def test_nothing_to_plot_is_an_error(tmp_path: Path) -> None:
         plot_run(tmp_path)
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_history([{"step": 1, "train_runtime": 2.0}], tmp_path / "plot.png")
-
-
-def test_importing_the_trainer_does_not_import_matplotlib() -> None:
-    code = "import sys, fastpo.trainer; print('matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

@@ -73,7 +73,7 @@ def test_policy_itself_is_the_reference_unless_one_is_given(trainer: Runner) -> 
     live.train()
     once.train()
     assert losses(once) == pytest.approx(losses(live), abs=1e-6)
-    assert losses(live, "rewards/margins")[-1] > 0.01
+    assert abs(losses(live, "rewards/margins")[-1]) > 1e-3
 
 
 def test_frozen_copy_is_not_trained_and_has_no_dropout(trainer: Runner, model: Any) -> None:
@@ -125,6 +125,8 @@ def test_base_under_a_lora_adapter_is_the_reference(
 
 
 def test_live_base_has_no_dropout(trainer: Runner, model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
     adapted = lora(model, lora_dropout=0.5)
     run = trainer(adapted, disable_dropout=False)
     run.model.train()
@@ -206,13 +208,23 @@ def test_cache_knows_the_rows_the_weights_the_configuration_and_the_precision(
 def test_boundaries_between_prompt_and_answers_are_part_of_the_hash(
     pairs: datasets.Dataset,
 ) -> None:
-    def row(prompt: list[int], chosen: list[int]) -> datasets.Dataset:
+    def rows(prompts: list[list[int]], chosen: list[list[int]]) -> datasets.Dataset:
         return datasets.Dataset.from_dict(
-            {"prompt_ids": [prompt], "chosen_ids": [chosen], "rejected_ids": [[9, 2]], "row": [0]}
+            {
+                "prompt_ids": prompts,
+                "chosen_ids": chosen,
+                "rejected_ids": [[9, 2]] * 2,
+                "row": [0, 1],
+            }
         )
 
-    hashes = {reference.rows_hash(row([1, 5], [6, 2])), reference.rows_hash(row([1], [5, 6, 2]))}
-    assert len(hashes) == 2
+    same = [
+        rows([[1, 5], [1, 6]], [[7, 2], [8, 2]]),
+        rows([[1, 5, 1], [6]], [[7, 2], [8, 2]]),
+        rows([[1, 5], [1, 6]], [[7, 2, 8], [2]]),
+        rows([[1, 5], [1, 6, 7]], [[2, 8], [2]]),
+    ]
+    assert len({reference.rows_hash(each) for each in same}) == len(same)
     assert reference.rows_hash(pairs.select(range(9))) == reference.rows_hash(
         datasets.Dataset.from_list(pairs.to_list()[:9])
     )

@@ -67,7 +67,7 @@ def test_interrupted_run_repeats_the_uninterrupted_one_to_the_last_bit(
         "gradient_accumulation_steps": 2,
         "save_strategy": "steps",
         "save_steps": 3,
-        "logging_steps": 2,  # a log window straddles the checkpoint
+        "logging_steps": 2,  # a log window straddles the checkpoint at step 3
     }
 
     def build(name: str, **more: Any) -> PreferenceTrainer:
@@ -75,7 +75,7 @@ def test_interrupted_run_repeats_the_uninterrupted_one_to_the_last_bit(
 
     whole = build("whole")
     whole.train()
-    broken = build("broken", callbacks=[StopAfter(7)])
+    broken = build("broken", callbacks=[StopAfter(5)])
     with pytest.raises(Interrupted):
         broken.train()
     resumed = build("broken")

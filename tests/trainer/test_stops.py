@@ -48,11 +48,14 @@ def watched_rows(run: PreferenceTrainer, monkeypatch: pytest.MonkeyPatch) -> lis
     return seen
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("half", ["chosen", "rejected"])
+@pytest.mark.parametrize("margin", ["fixed", "gamma"])
+@pytest.mark.parametrize(
+    ("value", "half"), [(math.nan, "chosen"), (math.nan, "rejected"), (math.inf, "rejected")]
+)
 def test_bad_hidden_state_stops_with_step_and_row(
     value: float,
     half: str,
+    margin: str,
     trainer: Runner,
     pairs: Any,
     tmp_path: Path,
@@ -62,7 +65,7 @@ def test_bad_hidden_state_stops_with_step_and_row(
     rows = pairs.select(range(24))
     run = trainer(
         train_dataset=rows, save_strategy="steps", save_steps=1, gradient_accumulation_steps=2,
-        max_steps=6, loss_type="simpo", callbacks=[poison],
+        max_steps=6, loss_type="simpo", margin=margin, callbacks=[poison],
     )  # fmt: skip
     seen = watched_rows(run, monkeypatch)
     weights: dict[str, Tensor] = {}
@@ -85,7 +88,11 @@ def test_bad_hidden_state_stops_with_step_and_row(
         assert torch.equal(tensor, weights[name]), name
     assert find_resume_point(tmp_path / "run", "auto") == last
     resumed = trainer(
-        train_dataset=rows, gradient_accumulation_steps=2, max_steps=6, loss_type="simpo"
+        train_dataset=rows,
+        gradient_accumulation_steps=2,
+        max_steps=6,
+        loss_type="simpo",
+        margin=margin,
     )
     resumed.train(resume_from_checkpoint="auto")
     assert resumed.state.global_step == 6
