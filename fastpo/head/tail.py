@@ -42,9 +42,7 @@ class Probe(NamedTuple):
 
     vocab: int  # logits per token
     tail: Tail | None  # None: of another form
-    output_class: (
-        type[ModelOutput] | None
-    )  # what the model returns; None: it failed on the known logits
+    output_class: type[ModelOutput] | None  # None: the tail failed on the known logits
 
 
 _PROBED: WeakKeyDictionary[PreTrainedModel, tuple[Any, Probe]] = WeakKeyDictionary()
