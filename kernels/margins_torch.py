@@ -54,7 +54,6 @@ def mirror_margins(
         )
         log_p = log_p - rate * gradient
         p = torch.softmax(log_p, dim=0)
-        log_p = log_p - log_p.amax()
     return gamma0 * n * p
 
 
