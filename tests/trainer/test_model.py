@@ -318,3 +318,43 @@ def test_trained_model_is_as_usual_without_labels(trainer: Runner, model: Any) -
     ids = torch.tensor([[1, 5, 6, 7]])
     assert run.model(input_ids=ids).logits.shape == (1, 4, model.config.vocab_size)
     assert run.model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > 4
+
+
+# ---- What TrainingArguments offers ----
+
+
+def test_several_visible_gpus_do_not_end_in_data_parallel(
+    model: Any, tokenizer: Any, pairs: datasets.Dataset, settings: Settings
+) -> None:
+    config = settings()
+    config._n_gpu = 2
+    run = PreferenceTrainer(model, config, train_dataset=pairs, processing_class=tokenizer)
+    assert run.args.n_gpu == 1
+    run.train()
+    assert run.model_wrapped is run.model
+
+
+def test_batches_of_like_lengths(
+    trainer: Runner, pairs: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = datasets.concatenate_datasets(
+        [pairs] * 10
+    )  # transformers sorts within 50 batches or fewer
+
+    def spread(**options: Any) -> list[int]:
+        run = trainer(train_dataset=many, max_steps=15, **options)
+        widths = []
+        original = run.compute_loss
+
+        def watch(model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+            longest = (
+                inputs["attention_mask"].view(2, -1, inputs["input_ids"].shape[1]).sum(-1).amax(0)
+            )
+            widths.append(int(longest.max() - longest.min()))
+            return original(model, inputs, *args, **kwargs)
+
+        monkeypatch.setattr(run, "compute_loss", watch)
+        run.train()
+        return widths
+
+    assert sum(spread(train_sampling_strategy="group_by_length")) < 0.6 * sum(spread())
