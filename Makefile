@@ -22,7 +22,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED) ## the main job on an embedded task: DPO, γ-DPO, SimPO and γ-SimPO from one start
-	$(BIN)/fastpo demo --output-dir runs/demo
+	$(BIN)/fastpo demo
 
 test: $(INSTALLED) ## the gate: every test that is neither slow nor a benchmark
 	$(PYTEST) -n 2 -m 'not slow and not bench'
