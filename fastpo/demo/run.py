@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpo.demo.model import build_model, build_tokenizer
-from fastpo.demo.pairs import build_pairs, write_pairs
+from fastpo.demo.pairs import FLIPPED_SHARE, build_pairs, write_pairs
 from fastpo.demo.plot import plot_accuracies
 from fastpo.demo.sft import answer, exact_match, fine_tune
 from fastpo.demo.task import Problem, annotate, draw_problems
@@ -89,13 +89,15 @@ def run_demo(output_dir: Path, *, seeds: list[int], scale: float = 1.0) -> list[
         scale: multiplies the numbers of examples, pairs and test problems.
 
     Raises:
-        ValueError: `output_dir` holds files, there is no seed, or `scale` is not positive.
+        ValueError: `output_dir` holds files, there is no seed or one twice, or `scale` is not positive.
     """
-    if not seeds:
-        raise ValueError("seeds: got none, expected at least one")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: got {seeds}, expected at least one, each once")
     _claim(output_dir)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"fastpo demo on {device}: sort five digits; everything is kept in {output_dir}")
+    print(
+        f"fastpo demo on {device}: sort five digits; everything is kept in {output_dir}", flush=True
+    )
     start = time.monotonic()
     results = [run_seed(output_dir / f"seed-{seed}", seed, scale) for seed in seeds]
     path = output_dir / "results.json"
@@ -116,8 +118,9 @@ def run_seed(directory: Path, seed: int, scale: float = 1.0) -> SeedResult:
         problems, pairs = prepare(directory, seed, scale)
     before = score(directory / "model", problems)
     print(
-        f"\nseed {seed}: fine-tuned to {before:.1%} exact match; {pairs} pairs, 30 % flipped "
-        f"({seconds['prepare']:.0f} s)"
+        f"\nseed {seed}: fine-tuned to {before:.1%} exact match ({seconds['prepare']:.0f} s); "
+        f"{pairs} pairs, {FLIPPED_SHARE:.0%} of them flipped",
+        flush=True,
     )
     after: dict[str, float] = {}
     for method in METHODS:
@@ -125,7 +128,8 @@ def run_seed(directory: Path, seed: int, scale: float = 1.0) -> SeedResult:
         with _timed(seconds, method):
             train_method(directory, run_dir, METHODS[method], seed)
         after[method] = score(run_dir, problems)
-        print(f"  {method:<8} {before:.1%} → {after[method]:.1%}   ({seconds[method]:.0f} s)")
+        line = f"  {method:<8} {before:.1%} → {after[method]:.1%}   ({seconds[method]:.0f} s)"
+        print(line, flush=True)
     return SeedResult(seed, pairs, before, after, seconds)
 
 

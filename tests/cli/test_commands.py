@@ -125,6 +125,7 @@ def test_demo_refuses_what_it_cannot_do(tmp_path: Path, capsys) -> None:
         (["--output-dir", str(tmp_path)], "is not empty"),
         (["--prepare", str(tmp_path)], "is not empty"),
         (["--output-dir", str(tmp_path / "new"), "--scale", "0"], "scale: got 0"),
+        (["--output-dir", str(tmp_path / "two"), "--seeds", "1", "1"], "seeds: got [1, 1]"),
         (["--prepare", str(tmp_path / "new"), "--output-dir", "x"], "--prepare"),
         (["--prepare", str(tmp_path / "new"), "--seeds", "1", "2"], "--prepare"),
     ):
