@@ -61,9 +61,11 @@ def preference_epilogue(
     sequences = token_logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     pairs = sequences // 2
     solve_gamma = tau is not None and gamma0 > 0
-    extra = 0 if extra_gaps is None or not solve_gamma else extra_gaps.numel()
     device = token_logps.device
     empty = partial(torch.empty, dtype=torch.float32, device=device)
+    if extra_gaps is None or not solve_gamma:
+        extra_gaps = empty(0)
+    extra = extra_gaps.numel()
     sums_and_gaps = empty(sequences + pairs + extra, dtype=torch.float64)
     lengths = empty(sequences, dtype=torch.int64)
     logps, coefficients, losses, gaps = (
@@ -77,7 +79,7 @@ def preference_epilogue(
     _epilogue_kernel[(sequences,)](
         token_logps.contiguous(), labels.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(), reference,
-        extra_gaps.double().contiguous() if extra else sums_and_gaps, _ticket(device),
+        extra_gaps.double().contiguous(), _ticket(device),
         sums_and_gaps, lengths, logps, coefficients, losses, gaps, gamma if solve_gamma else None,
         token_logps.shape[-1], pairs, extra, ignore_index, int(loss.averaged), _LINKS[loss.link],
         float(beta), float(gamma0), float(tau or 1.0), float(gamma0 if loss.centred else 0.0),
