@@ -74,10 +74,10 @@ def train(config: PreferenceConfig) -> PreferenceTrainer:
 
     result = trainer.train()
     trainer.save_model()
-    trainer.save_state()
     trainer.save_metrics("train", result.metrics)
     if eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_state()
     return trainer
 
 

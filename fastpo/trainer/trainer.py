@@ -121,6 +121,8 @@ class PreferenceTrainer(Trainer):
         self.data_reports: dict[str, DataReport] = {}
         train_dataset = self._tokenized(train_dataset, "train", args, processing_class)
         if isinstance(eval_dataset, Mapping):
+            if "train" in eval_dataset:
+                raise ValueError("eval_dataset: got one named 'train', expected another name")
             eval_dataset = {
                 name: self._tokenized(rows, name, args, processing_class)
                 for name, rows in eval_dataset.items()
@@ -128,6 +130,7 @@ class PreferenceTrainer(Trainer):
         else:
             eval_dataset = self._tokenized(eval_dataset, "eval", args, processing_class)
         pad = processing_class.pad_token_id
+        use_cache = getattr(core.config, "use_cache", None)
         super().__init__(
             model,
             args,
@@ -138,6 +141,9 @@ class PreferenceTrainer(Trainer):
             callbacks=[*([PlotCallback()] if args.plot_loss else []), *(callbacks or [])],
             optimizers=optimizers,
         )
+        if use_cache is not None:
+            # Transformers switches it off for good; here every call says so, and a saved model generates.
+            core.config.use_cache = use_cache
         self.model_accepts_loss_kwargs = False
         distributed = self.accelerator.num_processes > 1
         self.loss_module = build_loss(args, dist.group.WORLD if distributed else None)
@@ -232,9 +238,9 @@ class PreferenceTrainer(Trainer):
 
     def _lacks_reference(self) -> bool:
         """Whether the loss needs reference log-probs that not all data sets hold."""
-        return self.loss_module.spec.needs_reference and not all(
-            set(reference.COLUMNS) <= set(rows.column_names) for rows in self._datasets().values()
-        )
+        rows = self._datasets().values()
+        given = rows and all(set(reference.COLUMNS) <= set(each.column_names) for each in rows)
+        return self.loss_module.spec.needs_reference and not given
 
     def _datasets(self) -> dict[str, datasets.Dataset]:
         """All data sets by name; None is left out."""
@@ -262,11 +268,14 @@ class PreferenceTrainer(Trainer):
         if frozen is None and not is_peft_model(self.model):
             frozen = self.ref_model = self.model  # not trained yet
         self.model.eval()
+        reference_hash = reference.model_hash(self.model if frozen is None else frozen)
         completed = {
-            name: reference.with_reference_logps(
+            name: rows
+            if set(reference.COLUMNS) <= set(rows.column_names)
+            else reference.with_reference_logps(
                 rows,
                 self._reference_logps,
-                reference_hash=reference.model_hash(self.model if frozen is None else frozen),
+                reference_hash=reference_hash,
                 precision=self.accelerator.mixed_precision,
                 collator=self.data_collator,
                 batch_size=self.args.per_device_eval_batch_size,

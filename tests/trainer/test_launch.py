@@ -70,6 +70,7 @@ def test_whole_job(job: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter), name
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="float32")
+    assert loaded.config.use_cache is start.config.use_cache is True
     assert not torch.equal(loaded.lm_head.weight, start.lm_head.weight)
     tokenizer = AutoTokenizer.from_pretrained(run)
     ids = tokenizer.apply_chat_template(
@@ -92,6 +93,7 @@ def test_whole_job(job: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert json.loads((run / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     assert [e["loss"] for e in history if "loss" in e]
+    assert history[-1]["eval_loss"] == metrics["eval_loss"]
     assert (run / PLOT_FILE).read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert not [p for p in run.rglob("*") if p.is_file() and b"hf_secret" in p.read_bytes()]

@@ -220,6 +220,8 @@ def test_named_evaluation_sets_and_the_best_checkpoint(
     margins = [e["eval_far_rewards/margins"] for e in run.state.log_history if "eval_far_loss" in e]
     assert run.state.best_metric == max(margins)
     assert any("eval_near_rewards/accuracies" in e for e in run.state.log_history)
+    with pytest.raises(ValueError, match="eval_dataset: got one named 'train'"):
+        trainer(eval_dataset={"train": pairs})
 
 
 def test_evaluation_leaves_the_margin_queue_alone(

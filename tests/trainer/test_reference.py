@@ -149,6 +149,14 @@ def test_columns_of_the_data_set_need_no_model(
     given.train()
     assert losses(given) == losses(once)
     assert not counted
+    precomputed = trainer(
+        ref_model=frozen,
+        train_dataset=once.train_dataset,
+        eval_dataset=pairs,
+        precompute_ref_log_probs=True,
+    )
+    assert precomputed.train_dataset is once.train_dataset
+    assert list(precomputed.eval_dataset[reference.COLUMNS[0]]) == columns(once)[0]
     with pytest.raises(ValueError, match="needs reference log-probs, which this data set lacks"):
         given.evaluate(pairs)
 
