@@ -8,15 +8,11 @@ import random
 import pytest
 
 SESSION_SEED = int(os.environ.get("FASTPO_SEED") or random.SystemRandom().randrange(2**31))
+os.environ["FASTPO_SEED"] = str(SESSION_SEED)  # for pytest-xdist's workers and tests in subprocesses
 
 
 def pytest_report_header() -> str:
     return f"fastpo seed: {SESSION_SEED} (FASTPO_SEED={SESSION_SEED} repeats it)"
-
-
-def pytest_configure_node(node: object) -> None:
-    """pytest-xdist: every worker uses the seed that the header shows."""
-    os.environ["FASTPO_SEED"] = str(SESSION_SEED)
 
 
 @pytest.fixture
