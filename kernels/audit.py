@@ -1,9 +1,9 @@
 """Ahead-of-time audit of the Triton kernels: what a GPU would be given, compiled and inspected without one.
 
-The modules of ``MODULES`` list cases in ``audit_cases()``: each calls a real launcher with small CPU tensors. While
-``record`` runs them, Triton's own launch path decides argument types and specialisation for the chip in question
-and a hook takes the decision down in place of compiling. ``inspect`` then compiles it for the chip and reads
-registers, stack, shared memory and instructions off the binary with the ``cuobjdump`` that Triton ships.
+The modules of ``MODULES`` list cases in ``audit_cases()``: each calls a real launcher with small CPU tensors.
+While ``record`` runs them, Triton's own launch path decides argument types and specialisation for the chip in
+question and a hook takes the decision down in place of compiling. ``inspect`` then compiles it for the chip and
+reads registers, stack, shared memory and instructions off the binary with the ``cuobjdump`` that Triton ships.
 
     python -m fastpo.kernels.audit [--out FILE.md] [--chip sm_90] [--match TEXT] [--gate] [--jobs N]
 
@@ -34,10 +34,11 @@ from triton.backends.compiler import GPUTarget
 
 from .tile_configs import CHIPS, INTERPRETED, pretend
 
-MODULES = ("linear_logprobs_audit", "preference_epilogue_audit")  # each has ``audit_cases() -> Iterator[AuditCase]``
-
+# Each has ``audit_cases() -> Iterator[AuditCase]``.
+MODULES = ("linear_logprobs_audit", "preference_epilogue_audit")
 OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of Triton's, those that launchers set
-# Dynamic shared memory one block may have, bytes. sm_80's tiles also serve sm_86, sm_89 and sm_120: the least counts.
+# Dynamic shared memory that one block may have, bytes. sm_80's tiles also serve sm_86, sm_89 and sm_120, which
+# have the least.
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 TENSOR_MEMORY_LIMIT = 512  # columns, sm_100
 # What a matrix product must be made of, as SASS instructions.
@@ -133,7 +134,6 @@ def _recording(chip: str, name: str, launches: dict[Launch, list[str]]) -> Itera
         raise RuntimeError("the audit compiles kernels: start it without TRITON_INTERPRET=1")
 
     def take_down(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        chosen = json.loads(compile["specialization_data"])["options"]
         options = json.loads(compile["specialization_data"])["options"]
         launch = Launch(
             chip=chip,
@@ -142,9 +142,7 @@ def _recording(chip: str, name: str, launches: dict[Launch, list[str]]) -> Itera
             signature=tuple(compile["signature"].items()),
             constants=tuple(compile["constants"].items()),
             attributes=json.dumps([[list(k), v] for k, v in compile["configs"][0].items()]),
-            options=tuple(
-                (k, chosen[k]) for k in ("num_warps", "num_stages", "maxnreg") if chosen[k] is not None
-            ),
+            options=tuple((key, options[key]) for key in OPTIONS if options[key] is not None),
         )
         names = launches.setdefault(launch, [])
         if name not in names:
@@ -211,7 +209,7 @@ def inspect(launch: Launch, cases: Iterable[str] = ()) -> Report:
 
 
 def _rounds_to_tf32(product: str) -> bool:
-    """Whether a ``tt.dot`` line multiplies float32 with anything but tf32x3 or ieee (the default prints nothing)."""
+    """Whether a ``tt.dot`` line multiplies float32 other than as tf32x3 or ieee; the IR prints no default."""
     precision = re.search(r"inputPrecision = (\w+)", product)
     exact = precision is not None and precision[1] in ("tf32x3", "ieee")
     return not exact and re.search(r"tensor<\d+x\d+xf32[^>]*> \*", product) is not None
@@ -228,7 +226,9 @@ def _usage(text: str, key: str) -> int:
     return int(re.search(rf"\b{key}:(\d+)", text)[1])  # type: ignore[index]
 
 
-def audit(chips: Iterable[str], match: str = "", gate_only: bool = False, jobs: int = 1) -> list[Report]:
+def audit(
+    chips: Iterable[str], match: str = "", gate_only: bool = False, jobs: int = 1
+) -> list[Report]:
     """Reports on every kernel that the cases whose name holds ``match`` launch on ``chips``."""
     cases = [
         case

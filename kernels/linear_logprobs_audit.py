@@ -1,4 +1,4 @@
-"""The calls of ``linear_logprobs_triton`` that ``fastpo.kernels.audit`` compiles: all flags, dtypes and layouts."""
+"""The calls of ``linear_logprobs_triton`` that ``fastpo.kernels.audit`` compiles."""
 
 from __future__ import annotations
 
@@ -20,34 +20,45 @@ LAYOUTS = ("aligned", "odd", "strided")
 
 
 def audit_cases() -> Iterator[AuditCase]:
-    """Every combination; the gate takes bfloat16 and float32 in aligned memory, all flags on and all off."""
-    for dtype, layout in product(TRITON_DTYPES, LAYOUTS):
-        in_gate = layout == "aligned" and dtype != torch.float16
+    """Every combination, with n ≤ V and with n > V, which cut the logits along different sides.
+
+    The gate takes all flags on and all off for aligned bfloat16, and all on for aligned float32.
+    """
+    for dtype, layout, wide in product(TRITON_DTYPES, LAYOUTS, (True, False)):
         for extreme, on in flag_combinations("bias", "softcap", "gather", "stats", "cut"):
-            flags = "".join(f" +{name}" for name, value in on.items() if value)
-            launch = partial(_call, dtype, layout, **on)
-            yield AuditCase(f"linear_logprobs {dtype} {layout}{flags}", extreme and in_gate, launch)
+            name = " ".join(
+                ["linear_logprobs", str(dtype), layout, "n ≤ V" if wide else "n > V"]
+                + [f"+{flag}" for flag, value in on.items() if value]
+            )
+            in_gate = wide and layout == "aligned" and extreme
+            in_gate &= dtype == torch.bfloat16 or (dtype == torch.float32 and on["cut"])
+            yield AuditCase(name, in_gate, partial(_call, dtype, layout, wide, **on))
 
 
 def _call(
-    dtype: torch.dtype, layout: str, bias: bool, softcap: bool, gather: bool, stats: bool, cut: bool
+    dtype: torch.dtype,
+    layout: str,
+    wide: bool,
+    bias: bool,
+    softcap: bool,
+    gather: bool,
+    stats: bool,
+    cut: bool,
 ) -> None:
-    """Forward and backward, both loop orders; with ``cut`` in slices whose products are summed."""
-    width = 65 if layout == "odd" else 64
-    budget = 140_000 if cut else 2**26
-    for n, vocab in ((64, 2048), (2048, 64)):
-        weight = _matrix(vocab, width, dtype, layout)
-        hidden = _matrix(2 * n if gather else n, width, dtype, layout)
-        labels = _vector(torch.zeros(n + 1, dtype=torch.int64), layout)
-        per_row = _vector(torch.zeros(n + 1), layout)
-        rows = _vector(torch.zeros(n + 1, dtype=torch.int64), layout) if gather else None
-        bias_values = _vector(torch.zeros(vocab + 1, dtype=dtype), layout) if bias else None
-        transform = LogitTransform(softcap=30.0 if softcap else None)
-        forward(hidden, weight, bias_values, labels, rows, transform, stats)
-        launch_backward(
-            per_row, hidden, weight, bias_values, labels, rows, per_row, transform,
-            True, True, bias, tile_configs.target(hidden.device), budget,
-        )  # fmt: skip
+    """Forward and backward; with ``cut`` in slices whose products are summed."""
+    (n, vocab), width = (64, 2048) if wide else (2048, 64), 65 if layout == "odd" else 64
+    weight = _matrix(vocab, width, dtype, layout)
+    hidden = _matrix(2 * n if gather else n, width, dtype, layout)
+    labels = _vector(torch.zeros(n + 1, dtype=torch.int64), layout)
+    per_row = _vector(torch.zeros(n + 1), layout)
+    rows = _vector(torch.zeros(n + 1, dtype=torch.int64), layout) if gather else None
+    bias_values = _vector(torch.zeros(vocab + 1, dtype=dtype), layout) if bias else None
+    transform = LogitTransform(softcap=30.0 if softcap else None)
+    forward(hidden, weight, bias_values, labels, rows, transform, stats)
+    launch_backward(
+        per_row, hidden, weight, bias_values, labels, rows, per_row, transform,
+        True, True, bias, tile_configs.target(hidden.device), 140_000 if cut else 2**26,
+    )  # fmt: skip
 
 
 def _matrix(rows: int, cols: int, dtype: torch.dtype, layout: str) -> Tensor:

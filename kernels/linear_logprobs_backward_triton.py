@@ -5,18 +5,18 @@
 
 Of n rows and V columns the larger is cut into slices. For each: ``_dlogits_kernel`` makes the slice's logits
 again and writes dz to a workspace, then ``matmul_triton`` makes the two products. What belongs to the cut
-dimension (dW rows if V is cut, dH rows if n is) is finished within its slice and written once in its final dtype;
-the other is summed over slices in float32, min(n, V)·H elements, and rounded once at the end.
+dimension (rows of dW if V is cut, of dH if n is) is finished within its slice and written once in its final
+dtype; the other is summed over slices in float32, min(n, V)·H elements, and rounded once at the end.
 
 Shapes: hidden (N, H), weight (V, H), n kept rows; the workspace is a slice padded with zeros to whole tiles,
 within ``budget`` bytes. Passes over memory per slice: dz written once, read once per product. Three
 products of n×V×H; one that nobody needs is not made.
 
-dz is held in the dtype of ``hidden``. Its rounding, like the final one, costs about 2^-9 per element in
+dz is held in the dtype of ``hidden``. Its rounding, like the final one, costs at most 2^-8 per element in
 bfloat16, at random; both together stay below 4e-3 of the gradient. All dz are multiplied by the power of two
-that brings the largest possible |dz| to 2^14, and the products by its inverse: nothing to float32 and bfloat16,
-but in float16 it keeps a coefficient of 1e-6 (a mean over many tokens) from underflowing and a loss scale of
-65536 from overflowing: entries down to 2^-38 of the largest survive, and 2^14 is a quarter of float16's maximum.
+that brings the largest possible |dz| to 2^14, and the products by its inverse. That changes nothing in float32
+and bfloat16. In float16 it keeps a coefficient of 1e-6 (a mean over many tokens) from underflowing and a loss
+scale of 65536 from overflowing: entries down to 2^-38 of the largest survive, and float16 ends at 2^16.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def _dlogits_kernel(
         d *= 1.0 - bent * bent
     # Rows past n have coefficient 0. A row without a coefficient adds nothing, whatever its lse is.
     d = tl.where((cols < V)[None, :] & (coefficient != 0.0)[:, None], d * coefficient[:, None], 0.0)
-    tl.store(dz + rows.to(tl.int64)[:, None] * dz_row + cols[None, :], round_to(d, dz.dtype.element_ty))
+    tl.store(
+        dz + rows.to(tl.int64)[:, None] * dz_row + cols[None, :], round_to(d, dz.dtype.element_ty)
+    )
 
 
 def launch_backward(
@@ -86,30 +88,49 @@ def launch_backward(
     """Gradients of hidden (N, H), weight (V, H) and bias (V,) in their dtypes; None where not needed."""
     n, (vocab, width), device = labels.numel(), weight.shape, hidden.device
     unwritten = n == 0 or rows is not None
-    d_hidden = _gradient(hidden.shape, hidden.dtype, device, zero=unwritten) if need_hidden else None
+    d_hidden = (
+        _gradient(hidden.shape, hidden.dtype, device, zero=unwritten) if need_hidden else None
+    )
     d_weight = _gradient(weight.shape, weight.dtype, device, zero=n == 0) if need_weight else None
     d_bias = _gradient((vocab,), torch.float32, device, zero=True) if need_bias else None
     if n == 0 or not (need_hidden or need_weight or need_bias):
-        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype)
+        return d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype)
 
     use = "logits" if transform.softcap is None else "softcap"
     config = tile_config(use, target, hidden, weight)
     matmul_config = tile_config("matmul", target, hidden, weight)
-    cut_vocabulary = n <= vocab
     slices = plan_slices(n, vocab, config, hidden.dtype, budget)
     # The first slice is the largest; it is padded to whole tiles, which the kernel fills with zeros.
-    shape = [
-        _padded(s.stop - s.start, step) for s, step in zip(slices[0], config[:2], strict=True)
-    ]
+    shape = [_padded(s.stop - s.start, step) for s, step in zip(slices[0], config[:2], strict=True)]
     workspace = torch.empty(shape, dtype=hidden.dtype, device=device)
     # Where one slice is all, nothing has to be summed.
     sum_hidden = sum_weight = None
-    if len(slices) > 1 and cut_vocabulary and d_hidden is not None:
+    if len(slices) > 1 and n <= vocab and d_hidden is not None:
         in_place = d_hidden.dtype == torch.float32 and rows is None
         sum_hidden = d_hidden if in_place else _gradient((n, width), torch.float32, device)
-    if len(slices) > 1 and not cut_vocabulary and d_weight is not None:
+    if len(slices) > 1 and n > vocab and d_weight is not None:
         in_place = d_weight.dtype == torch.float32
         sum_weight = d_weight if in_place else _gradient((vocab, width), torch.float32, device)
+
+    def add_product(
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
+        partial: Tensor | None,
+        first: bool,
+        last: bool,
+        inner_rows: Tensor | None = None,
+        out_rows: Tensor | None = None,
+    ) -> None:
+        """This slice's a·b: into ``partial`` while more slices follow, else scaled back into ``out``."""
+        addend = None if first else partial
+        if partial is None or last:
+            matmul(
+                a, b, out, matmul_config,
+                alpha=unscale, inner_rows=inner_rows, out_rows=out_rows, addend=addend,
+            )  # fmt: skip
+        else:
+            matmul(a, b, partial, matmul_config, inner_rows=inner_rows, addend=addend)
 
     inner, outer = scale_factors(transform)
     scale, unscale = power_of_two_scale(grad, transform.linear_factor)
@@ -127,28 +148,15 @@ def launch_backward(
         )  # fmt: skip
         first, last = (r, c) == slices[0], (r, c) == slices[-1]
         if d_hidden is not None:
-            final = last or sum_hidden is None
-            matmul(
-                dz, weight[c],
-                (d_hidden if rows is not None else d_hidden[r]) if final else sum_hidden,
-                matmul_config,
-                alpha=unscale if final else None,
-                out_rows=slice_rows if final else None,
-                addend=None if first else sum_hidden,
-            )  # fmt: skip
+            out = d_hidden[r] if rows is None else d_hidden
+            add_product(dz, weight[c], out, sum_hidden, first, last, out_rows=slice_rows)
         if d_weight is not None:
-            final = last or sum_weight is None
-            matmul(
-                dz.t(), slice_hidden,
-                d_weight[c] if final else sum_weight,
-                matmul_config,
-                alpha=unscale if final else None,
-                inner_rows=slice_rows,
-                addend=None if first else sum_weight,
-            )  # fmt: skip
+            add_product(
+                dz.t(), slice_hidden, d_weight[c], sum_weight, first, last, inner_rows=slice_rows
+            )
         if d_bias is not None:
             d_bias[c] += dz.sum(dim=0, dtype=torch.float32) * unscale
-    return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype)
+    return d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype)
 
 
 def plan_slices(

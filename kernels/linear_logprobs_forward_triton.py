@@ -6,8 +6,8 @@ logits tile by tile (``logits_triton``) and keeps per row only running values, w
     peak m = max z    total s = Σ exp(z − m)    label z_y
     with statistics also: moment Σ (z − m)·exp(z − m)    sum Σ z    rival max z_v over v < y
 
-``_merge_kernel`` joins the splits of a row: lse = M + log Σ_k s_k·exp(m_k − M) with M = max m_k. The label is the
-argmax if z_y = M and its rival is smaller, as of equal logits the lowest id wins.
+``_merge_kernel`` joins the splits of a row: lse = M + log Σ_k s_k·exp(m_k − M) with M = max m_k. The label is
+the argmax if z_y = M and its rival is smaller, as of equal logits the lowest id wins.
 
 Shapes: hidden (N, H), weight (V, H), n kept rows, S splits; partial results (3 or 6, S, n) float32. Passes over
 memory: weight once per group of row blocks, hidden once per split (both mostly from the L2 cache), partial
@@ -165,7 +165,9 @@ def launch_forward(
     )
     if n == 0:
         return result
-    config = tile_config("logits" if transform.softcap is None else "softcap", target, hidden, weight)
+    config = tile_config(
+        "logits" if transform.softcap is None else "softcap", target, hidden, weight
+    )
     row_blocks, tiles = triton.cdiv(n, config.rows), triton.cdiv(vocab, config.cols)
     splits = vocabulary_splits(row_blocks, tiles, target.processors)
     planes = 6 if want_stats else 3

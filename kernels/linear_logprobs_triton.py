@@ -24,8 +24,7 @@ def supported(hidden: Tensor, weight: Tensor) -> str | None:
         return f"dtype {hidden.dtype} is not one of {[str(dtype) for dtype in TRITON_DTYPES]}"
     if weight.dtype != hidden.dtype:
         return f"weight has dtype {weight.dtype} and hidden {hidden.dtype}"
-    target = tile_configs.target(hidden.device)
-    return target if isinstance(target, str) else None
+    return tile_configs.unsupported(hidden.device)
 
 
 def forward(

@@ -2,7 +2,7 @@
 
     u = H_rows · W_colsᵀ + b        t = tanh(u·inner)  with a softcap, else u        z = t·outer
 
-``inner`` = scale/softcap and ``outer`` = softcap/temperature, or ``outer`` = scale/temperature without a softcap
+``inner`` = scale/softcap and ``outer`` = softcap/temperature; without a softcap ``outer`` = scale/temperature
 (``scale_factors``). Shapes: H_rows (ROWS, H), W_cols (COLS, H), u and z (ROWS, COLS) float32.
 """
 
@@ -50,28 +50,22 @@ def raw_tile(
     h_ptrs = hidden + rows[:, None] * hidden_row + depth[None, :] * hidden_col
     w_ptrs = weight + cols.to(tl.int64)[None, :] * weight_row + depth[:, None] * weight_col
     acc = tl.zeros([ROWS, COLS], tl.float32)
-    if HAS_BIAS:
-        acc += tl.load(bias + cols).to(tl.float32)[None, :]
     for start in range(0, H, DEPTH):
         h = tl.load(h_ptrs, mask=depth[None, :] < H - start, other=0.0)
         w = tl.load(w_ptrs, mask=depth[:, None] < H - start, other=0.0)
         acc = dot(h, w, acc)
         h_ptrs += DEPTH * hidden_col
         w_ptrs += DEPTH * weight_col
+    if HAS_BIAS:  # last, lest a large one cost the sum its low bits
+        acc += tl.load(bias + cols).to(tl.float32)[None, :]
     return acc
-
-
-@triton.jit
-def halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Left and right half of a tile's columns. Element-wise work on a whole 128×256 tile overflows the registers."""
-    return tile.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
 def tanh(x):
     """tanh in float32 to a relative error of about 2e-7.
 
-    The exponential form loses relative accuracy near 0, so a fitted odd polynomial (error 4e-8) stands in there.
+    The exponential form loses relative accuracy near 0: a fitted odd polynomial (error 4e-8) stands in there.
     """
     square = x * x
     tail = -0.33332957 + square * (0.13320942 + square * (-0.05268414 + square * 0.01645875))

@@ -9,16 +9,24 @@ once.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .logits_triton import halves, place
+from .logits_triton import place
 from .precision_triton import dot, round_to
 from .tile_configs import TileConfig
 
 GROUP = 8  # row blocks that are under way together, so that they share B's columns in the L2 cache
+
+
+@triton.jit
+def split_columns(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The four quarters of a tile's columns, left to right."""
+    left, right = tile.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
+    first, second = left.reshape(ROWS, 2, COLS // 4).permute(0, 2, 1).split()
+    third, fourth = right.reshape(ROWS, 2, COLS // 4).permute(0, 2, 1).split()
+    return first, second, third, fourth
 
 
 @triton.jit(do_not_specialize=["M", "K"])
@@ -34,29 +42,40 @@ def _matmul_kernel(
     depth = tl.arange(0, DEPTH)
     a_ptrs = a + rows.to(tl.int64)[:, None] * a_row + depth.to(tl.int64)[None, :] * a_col
     inside = (cols < N)[None, :]
-    b_ptrs = b + cols[None, :] * b_col
+    b_ptrs = b + cols.to(tl.int64)[None, :] * b_col
     source = tl.load(inner_rows + depth, mask=depth < K, other=0) if GATHER else depth.to(tl.int64)
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, K, DEPTH):
         inner = start + depth
         a_tile = tl.load(a_ptrs)  # padded with zeros up to whole tiles, see ``matmul``
-        b_tile = tl.load(b_ptrs + source[:, None] * b_row, mask=(inner < K)[:, None] & inside, other=0.0)
+        b_tile = tl.load(
+            b_ptrs + source[:, None] * b_row, mask=(inner < K)[:, None] & inside, other=0.0
+        )
         acc = dot(a_tile, b_tile, acc)
         a_ptrs += DEPTH * a_col
         # The next rows' numbers are fetched a step ahead: loads that wait for loads are not pipelined.
         inner += DEPTH
-        source = tl.load(inner_rows + inner, mask=inner < K, other=0) if GATHER else inner.to(tl.int64)
+        source = (
+            tl.load(inner_rows + inner, mask=inner < K, other=0) if GATHER else inner.to(tl.int64)
+        )
     target = tl.load(out_rows + rows, mask=rows < M, other=0) if SCATTER else rows.to(tl.int64)
-    left, right = halves(acc, ROWS, COLS)
-    for half in tl.static_range(2):
-        part = left if half == 0 else right
-        half_cols = col_block * COLS + half * (COLS // 2) + tl.arange(0, COLS // 2)
-        kept = (rows < M)[:, None] & (half_cols < N)[None, :]
+    # A quarter at a time: addend and result of a whole 128×256 tile together overflow the registers.
+    quarters = split_columns(acc, ROWS, COLS)
+    for i in tl.static_range(4):
+        part = quarters[i]
+        cols = col_block * COLS + i * (COLS // 4) + tl.arange(0, COLS // 4)
+        kept = (rows < M)[:, None] & (cols < N)[None, :]
         if ADD:
-            part += tl.load(addend + rows.to(tl.int64)[:, None] * addend_row + half_cols[None, :], mask=kept)
+            part += tl.load(
+                addend + rows.to(tl.int64)[:, None] * addend_row + cols[None, :], mask=kept
+            )
         if SCALE:
             part *= tl.load(alpha)
-        tl.store(out + target[:, None] * out_row + half_cols[None, :], round_to(part, out.dtype.element_ty), mask=kept)
+        tl.store(
+            out + target[:, None] * out_row + cols[None, :],
+            round_to(part, out.dtype.element_ty),
+            mask=kept,
+        )
 
 
 def matmul(

@@ -18,7 +18,9 @@ import triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # read when the kernels are decorated, so once
 
-GROUP_ROWS = 16  # row blocks that share a sweep over the vocabulary, so that they meet in the L2 cache
+GROUP_ROWS = (
+    16  # row blocks that share a sweep over the vocabulary, so that they meet in the L2 cache
+)
 
 
 class TileConfig(NamedTuple):
@@ -38,38 +40,38 @@ class Target(NamedTuple):
     processors: int  # streaming multiprocessors
 
 
-# sm_80 stands for every chip that has mma.sync but neither wgmma nor tcgen05: its tiles also fit into the 99 KiB
-# of shared memory of sm_86, sm_89 and sm_120.
+# sm_80 stands for every chip that has mma.sync but neither wgmma nor tcgen05: its tiles also fit into the
+# 99 KiB of shared memory of sm_86, sm_89 and sm_120.
 CHIPS = ("sm_80", "sm_90", "sm_100")
 
 _INTERPRETER_TILE = TileConfig(16, 32, 16, 1, 1)
 
-# "logits": rows × cols of the logits, in the forward and in the backward; "softcap": the same with a softcap, whose
-# tanh needs registers; "matmul": the products of the backward; "unaligned": any of these for operands that cannot
-# be loaded 16 bytes at a time, which takes registers for addresses.
+# "logits": rows × cols of the logits, in the forward and in the backward; "softcap": the same with a softcap,
+# whose tanh needs registers; "matmul": the products of the backward; "unaligned": any of these for operands
+# that cannot be loaded 16 bytes at a time, which takes registers for addresses.
 _TABLE: dict[tuple[str, str, str], TileConfig] = {
     ("logits", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
     ("logits", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
     ("logits", "sm_90", "half"): TileConfig(128, 256, 64, 8, 4),
     ("logits", "sm_90", "float32"): TileConfig(64, 128, 32, 4, 3),
-    ("logits", "sm_100", "half"): TileConfig(128, 256, 64, 8, 4),
-    ("logits", "sm_100", "float32"): TileConfig(64, 128, 32, 4, 3),
+    ("logits", "sm_100", "half"): TileConfig(128, 128, 64, 8, 3),
+    ("logits", "sm_100", "float32"): TileConfig(64, 128, 32, 8, 3),
     ("softcap", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
     ("softcap", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
     ("softcap", "sm_90", "half"): TileConfig(128, 128, 64, 8, 4),
     ("softcap", "sm_90", "float32"): TileConfig(64, 64, 32, 4, 3),
-    ("softcap", "sm_100", "half"): TileConfig(128, 128, 64, 8, 4),
+    ("softcap", "sm_100", "half"): TileConfig(128, 128, 64, 8, 3),
     ("softcap", "sm_100", "float32"): TileConfig(64, 64, 32, 4, 3),
-    ("matmul", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
+    ("matmul", "sm_80", "half"): TileConfig(128, 256, 32, 8, 4),
     ("matmul", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
     ("matmul", "sm_90", "half"): TileConfig(128, 256, 64, 8, 4),
     ("matmul", "sm_90", "float32"): TileConfig(64, 128, 32, 4, 3),
     ("matmul", "sm_100", "half"): TileConfig(128, 256, 64, 8, 4),
-    ("matmul", "sm_100", "float32"): TileConfig(64, 128, 32, 4, 3),
+    ("matmul", "sm_100", "float32"): TileConfig(64, 128, 32, 8, 3),
     ("unaligned", "sm_80", "half"): TileConfig(64, 64, 32, 4, 3),
     ("unaligned", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
     ("unaligned", "sm_90", "half"): TileConfig(64, 64, 32, 4, 3),
-    ("unaligned", "sm_90", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("unaligned", "sm_90", "float32"): TileConfig(64, 64, 32, 8, 3),
     ("unaligned", "sm_100", "half"): TileConfig(64, 64, 32, 4, 3),
     ("unaligned", "sm_100", "float32"): TileConfig(64, 64, 32, 4, 3),
 }
@@ -87,20 +89,28 @@ def pretend(chip: str, processors: int = 132) -> Iterator[None]:
         _pretended.reset(token)
 
 
-def target(device: torch.device) -> Target | str:
-    """The device as the table knows it, or the reason why Triton kernels cannot run on it."""
+def unsupported(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on ``device``, or None if they can."""
+    if INTERPRETED or _pretended.get() is not None:
+        return None
+    if device.type != "cuda":
+        return (
+            f"the tensors are on {device} and TRITON_INTERPRET=1 was not set when Triton was loaded"
+        )
+    if torch.version.hip is not None:
+        return "AMD devices have no entry in the tile table"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+
+
+def target(device: torch.device) -> Target:
+    """``device`` as the table knows it; it must be a supported one."""
     pretended = _pretended.get()
     if pretended is not None:
         return pretended
     if INTERPRETED:
         return Target("interpreter", 4)
-    if device.type != "cuda":
-        return f"the tensors are on {device} and TRITON_INTERPRET=1 was not set when Triton was loaded"
-    if torch.version.hip is not None:
-        return "AMD devices have no entry in the tile table"
     properties = torch.cuda.get_device_properties(device)
-    if properties.major < 8:
-        return f"compute capability {properties.major}.{properties.minor} is below 8.0"
     chip = {9: "sm_90", 10: "sm_100"}.get(properties.major, "sm_80")
     return Target(chip, properties.multi_processor_count)
 

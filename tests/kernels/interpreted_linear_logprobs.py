@@ -1,0 +1,497 @@
+"""The Triton backend of linear_logprobs against float64, on CPU tensors.
+
+Not collected by itself: test_linear_logprobs_triton.py runs it in a process of its own, with TRITON_INTERPRET=1
+set before Triton is loaded. Tiles are 16 rows × 32 columns × 16 there, so small shapes have many tiles.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import fastpo
+from fastpo.kernels import linear_logprobs_backward_triton as backward_launcher
+from fastpo.kernels import linear_logprobs_forward_triton as forward_launcher
+from fastpo.kernels import linear_logprobs_triton, matmul_triton, tile_configs
+from fastpo.kernels.linear_logprobs_torch import ForwardResult
+from fastpo.kernels.logit_transform import LogitTransform
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of exp(large) = inf
+
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [FLOAT32, BFLOAT16, FLOAT16]
+PLAIN = LogitTransform()
+SCALED = LogitTransform(logit_scale=1.7, temperature=0.6)
+CAPPED = LogitTransform(logit_scale=0.8, softcap=4.0, temperature=1.3)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Arguments of a call, with the rows that count and the coefficients of their log-probs."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    labels: torch.Tensor
+    rows: torch.Tensor | None
+    grad: torch.Tensor
+    transform: LogitTransform = PLAIN
+
+    def forward(self, want_stats: bool = True) -> ForwardResult:
+        return linear_logprobs_triton.forward(
+            self.hidden, self.weight, self.bias, self.labels, self.rows, self.transform, want_stats
+        )
+
+    def backward(
+        self,
+        lse: torch.Tensor,
+        hidden: bool = True,
+        weight: bool = True,
+        bias: bool = True,
+        budget: int = 2**26,
+    ) -> tuple[torch.Tensor | None, ...]:
+        target = tile_configs.target(self.hidden.device)
+        return backward_launcher.launch_backward(
+            self.grad, self.hidden, self.weight, self.bias, self.labels, self.rows, lse, self.transform,
+            hidden, weight, bias and self.bias is not None, target, budget,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The same in float64, with all logits at once."""
+
+    logits: torch.Tensor
+    logps: torch.Tensor
+    lse: torch.Tensor
+    entropy: torch.Tensor
+    top1: torch.Tensor
+    logit_mean: torch.Tensor
+    gradients: tuple[torch.Tensor | None, ...]
+    bias_terms: torch.Tensor  # (V,) Σ_i |dz_iv|: what rounding in the sum for db is relative to
+
+
+def reference(p: Problem) -> Reference:
+    hidden, weight = (t.double().detach().requires_grad_() for t in (p.hidden, p.weight))
+    bias = None if p.bias is None else p.bias.double().requires_grad_()
+    kept = hidden if p.rows is None else hidden[p.rows]
+    product = torch.nn.functional.linear(kept, weight, bias)
+    product.retain_grad()
+    raw = product * p.transform.logit_scale
+    if p.transform.softcap is not None:
+        raw = p.transform.softcap * torch.tanh(raw / p.transform.softcap)
+    z = raw / p.transform.temperature
+    logp = torch.log_softmax(z, dim=1)
+    logps = logp.gather(1, p.labels.unsqueeze(1)).squeeze(1)
+    logps.backward(p.grad.double())
+    probabilities = logp.exp()
+    return Reference(
+        logits=z.detach(),
+        logps=logps.detach(),
+        lse=torch.logsumexp(z, dim=1).detach(),
+        entropy=-torch.where(probabilities > 0, probabilities * logp, 0.0).sum(dim=1).detach(),
+        top1=z.argmax(dim=1) == p.labels,
+        logit_mean=z.mean(dim=1).detach(),
+        gradients=(hidden.grad, weight.grad, None if bias is None else bias.grad),
+        bias_terms=product.grad.abs().sum(dim=0),
+    )
+
+
+def make_problem(
+    seed: int,
+    dtype: torch.dtype,
+    transform: LogitTransform = PLAIN,
+    *,
+    bias: bool = True,
+    gather: bool = True,
+    more_rows_than_columns: bool = False,
+) -> Problem:
+    """Odd and prime sizes drawn from ``seed``; logits of a few units."""
+    draw = random.Random(seed)
+    small, large = draw.choice([17, 19, 23, 29]), draw.choice([67, 89, 97, 101])
+    n, vocab = (large, small) if more_rows_than_columns else (small, large)
+    width = draw.choice([5, 31, 33, 37])
+    total = n + draw.randrange(1, 9) if gather else n
+    labels = torch.randint(vocab, (n,))
+    labels[:2] = torch.tensor([0, vocab - 1])
+    return Problem(
+        hidden=torch.randn(total, width).to(dtype),
+        weight=(torch.randn(vocab, width) * 2 / math.sqrt(width)).to(dtype),
+        bias=torch.randn(vocab).to(dtype) if bias else None,
+        labels=labels,
+        rows=torch.randperm(total)[:n].sort().values if gather else None,
+        grad=torch.randn(n),
+        transform=transform,
+    )
+
+
+def nats(want: Reference) -> float:
+    """What float32 arithmetic may cost: 2e-6·max(1, max|z|) nats."""
+    return 2e-6 * max(1.0, want.logits[want.logits.isfinite()].abs().max().item())
+
+
+def check_forward(p: Problem, got: ForwardResult, want: Reference) -> None:
+    """float32: as ``nats`` has it; 16-bit inputs: 1e-4 nats."""
+    bound = nats(want) if p.hidden.dtype == FLOAT32 else 1e-4
+    assert got.logps.dtype == got.lse.dtype == torch.float32
+    assert (got.logps <= 0).all()
+    # lse and the mean are as large as the logits, so that float32 rounds them accordingly.
+    wide = max(bound, nats(want))
+    for name, atol in (("logps", bound), ("lse", wide), ("entropy", bound), ("logit_mean", wide)):
+        value, expected = getattr(got, name), getattr(want, name)
+        torch.testing.assert_close(
+            value.double(), expected, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert torch.equal(got.top1, want.top1)
+
+
+def check_gradients(
+    p: Problem, got: tuple[torch.Tensor | None, ...], want: Reference, floor: float = 0.0
+) -> None:
+    """Relative error in the norm: 4e-3 for 16-bit inputs, for float32 that of p; ``floor`` if all cancel."""
+    wide = p.hidden.dtype == FLOAT32
+    bound = nats(want) if wide else 4e-3
+    names, inputs = ("hidden", "weight", "bias"), (p.hidden, p.weight, p.bias)
+    for name, argument, value, expected in zip(names, inputs, got, want.gradients, strict=True):
+        assert (value is None) == (expected is None), name
+        if argument is None:
+            continue
+        assert value.dtype == argument.dtype
+        assert value.shape == argument.shape
+        error = value.double() - expected
+        if name == "bias" and not wide:
+            # Terms of either sign cancel here. Each was rounded once, and so was the sum: 2^-8 at most,
+            # or the spacing of subnormal numbers.
+            room = 2**-8 * (1.01 * want.bias_terms + expected.abs()) + floor
+            info = torch.finfo(value.dtype)
+            assert (error.abs() <= room + info.smallest_normal * info.eps).all()
+        else:
+            norms = error.norm().item(), expected.norm().item()
+            assert norms[0] <= bound * norms[1] + floor, f"d{name}: error and norm {norms}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform", [PLAIN, SCALED, CAPPED], ids=["plain", "scaled", "capped"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_forward_equals_float64(
+    seed: int, dtype: torch.dtype, transform: LogitTransform, bias: bool
+) -> None:
+    p = make_problem(seed, dtype, transform, bias=bias, gather=seed % 2 == 0)
+    check_forward(p, p.forward(), reference(p))
+
+
+def test_without_statistics_only_log_probs_and_lse_come_back(seed: int) -> None:
+    p = make_problem(seed, FLOAT32)
+    plain, full = p.forward(want_stats=False), p.forward(want_stats=True)
+    assert plain[2:] == (None, None, None)
+    assert torch.equal(plain.logps, full.logps)
+    assert torch.equal(plain.lse, full.lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transform", [SCALED, CAPPED], ids=["scaled", "capped"])
+@pytest.mark.parametrize("tall", [False, True], ids=["vocabulary cut", "rows cut"])
+@pytest.mark.parametrize("budget", [2**26, 2048], ids=["one slice", "slices"])
+def test_gradients_equal_float64(
+    seed: int, dtype: torch.dtype, transform: LogitTransform, tall: bool, budget: int
+) -> None:
+    p = make_problem(seed, dtype, transform, gather=seed % 2 == 0, more_rows_than_columns=tall)
+    check_gradients(p, p.backward(p.forward(False).lse, budget=budget), reference(p))
+
+
+def test_small_budget_means_several_slices() -> None:
+    """What the test above relies on: first, middle and last slice differ in what they read and write."""
+    config = tile_configs.tile_config(
+        "logits", tile_configs.target(torch.device("cpu")), torch.zeros(1, 1)
+    )
+    for n, vocab in ((17, 67), (67, 17)):
+        for dtype in DTYPES:
+            assert len(backward_launcher.plan_slices(n, vocab, config, dtype, 2048)) >= 3
+
+
+@pytest.mark.parametrize("need", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("tall", [False, True], ids=["vocabulary cut", "rows cut"])
+def test_what_is_frozen_gets_no_gradient(seed: int, need: str, tall: bool, monkeypatch) -> None:
+    p = make_problem(seed, FLOAT32, more_rows_than_columns=tall)
+    lse = p.forward(False).lse
+    products = []
+    real = backward_launcher.matmul
+    monkeypatch.setattr(
+        backward_launcher, "matmul", lambda *a, **k: (products.append(1), real(*a, **k))
+    )
+    want = dict(zip(("hidden", "weight", "bias"), p.backward(lse), strict=True))
+    assert len(products) == 2
+    products.clear()
+    got = p.backward(lse, **{name: name == need for name in want})
+    assert len(products) == (need != "bias")
+    for name, value in zip(want, got, strict=True):
+        assert torch.equal(value, want[name]) if name == need else value is None
+    assert p.backward(lse, False, False, False) == (None, None, None)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_any_strides(seed: int, dtype: torch.dtype) -> None:
+    p = make_problem(seed, dtype)
+    (total, width), vocab = p.hidden.shape, p.weight.shape[0]
+    hidden = torch.full((width, 2 * total), math.nan, dtype=dtype)[:, ::2].t()
+    weight = torch.full((vocab + 3, 2 * width + 1), math.nan, dtype=dtype)[3:, 1::2]
+    hidden.copy_(p.hidden)
+    weight.copy_(p.weight)
+    want, p = reference(p), replace(p, hidden=hidden, weight=weight)
+    assert not p.hidden.is_contiguous()
+    assert not p.weight.is_contiguous()
+    got = p.forward()
+    check_forward(p, got, want)
+    check_gradients(p, p.backward(got.lse, budget=2048), want)
+
+
+def test_no_rows(seed: int) -> None:
+    p = make_problem(seed, FLOAT32)
+    nothing = torch.empty(0)
+    for rows in (None, torch.empty(0, dtype=torch.int64)):
+        hidden = p.hidden[:0] if rows is None else p.hidden
+        empty = replace(p, hidden=hidden, labels=p.labels[:0], rows=rows, grad=nothing)
+        assert [value.shape for value in empty.forward()] == [(0,)] * 5
+        for gradient, like in zip(empty.backward(nothing), (hidden, p.weight, p.bias), strict=True):
+            assert torch.equal(gradient, torch.zeros_like(like))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "kind", ["hundred", "far below zero", "uniform", "one-hot", "forbidden tokens"]
+)
+def test_hard_logits(seed: int, dtype: torch.dtype, kind: str) -> None:
+    p = make_problem(seed, dtype)
+    vocab = p.weight.shape[0]
+    hidden, weight, bias = p.hidden, p.weight, torch.zeros(vocab)
+    floor = 0.0
+    if kind == "hundred":
+        hidden, weight = torch.randn_like(hidden), torch.randn_like(weight)
+        largest = (hidden.double() @ weight.double().t()).abs().max()
+        hidden = hidden * (100 / largest)
+    elif kind == "far below zero":
+        bias -= 1000.0
+    elif kind == "uniform":
+        weight = weight * 0
+        floor = 1e-6  # dH is zero but for rounding
+    elif kind == "one-hot":
+        hidden, weight = hidden * 0, weight * 0
+        bias[int(p.labels[2])] = 60.0
+        floor = 1e-6
+    else:
+        bias[torch.randperm(vocab)[: vocab // 2]] = -math.inf
+        bias[:32] = -math.inf  # a whole tile
+        allowed = bias.isfinite().nonzero().squeeze(1)
+        p = replace(p, labels=allowed[torch.randint(len(allowed), p.labels.shape)])
+    p = replace(p, hidden=hidden.to(dtype), weight=weight.to(dtype), bias=bias.to(dtype))
+    got, want = p.forward(), reference(p)
+    assert got.logps.isfinite().all()
+    check_forward(p, got, want)
+    check_gradients(p, p.backward(got.lse, budget=2048), want, floor)
+
+
+def test_of_equal_logits_the_lowest_id_is_the_argmax() -> None:
+    vocab = 67  # three tiles in at most three splits
+    for winners, label in [((5, 9), 5), ((5, 9), 9), ((3, 66), 3), ((3, 66), 66), ((40, 50), 41)]:
+        bias = torch.zeros(vocab)
+        bias[list(winners)] = 2.0
+        p = Problem(
+            torch.zeros(1, 4),
+            torch.zeros(vocab, 4),
+            bias,
+            torch.tensor([label]),
+            None,
+            torch.ones(1),
+        )
+        assert p.forward().top1.item() == (label == winners[0])
+
+
+def test_label_out_of_range_makes_its_row_nan_and_no_other(seed: int) -> None:
+    p = make_problem(seed, FLOAT32, more_rows_than_columns=True)
+    want = p.forward()
+    labels = p.labels.clone()
+    vocab = p.weight.shape[0]
+    labels[[0, 3, 5]] = torch.tensor([-1, vocab, 2**40])
+    got = replace(p, labels=labels).forward()
+    bad = torch.zeros(len(labels), dtype=torch.bool)
+    bad[[0, 3, 5]] = True
+    assert torch.equal(got.logps.isnan(), bad)
+    assert torch.equal(got.logps[~bad], want.logps[~bad])
+    gradients = replace(p, labels=labels).backward(got.lse)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_nan_in_hidden_reaches_its_log_prob(seed: int) -> None:
+    p = make_problem(seed, FLOAT32, gather=False)
+    p.hidden[1, 0] = math.nan
+    assert p.forward().logps.isnan().tolist() == [i == 1 for i in range(len(p.labels))]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_row_without_coefficient_adds_nothing(seed: int, bad: float) -> None:
+    p = make_problem(seed, FLOAT32, CAPPED)
+    p.grad[1] = 0.0
+    lse = p.forward(False).lse
+    lse[1] = bad
+    check_gradients(p, p.backward(lse), reference(p))
+
+
+@pytest.mark.parametrize("coefficient", [1e-9, 1e-6, 3e4, 1e6])
+def test_float16_coefficients_of_any_size(seed: int, coefficient: float) -> None:
+    """dz alone would underflow below 6e-8 or overflow above 65504; the gradients here do not."""
+    p = make_problem(seed, FLOAT16, bias=False)
+    size = 1 / coefficient
+    # Logits stay as they are; dH gets the factor of weight, dW that of hidden.
+    balanced = max(min(size, 1e3), 1e-3)
+    wide = replace(
+        p,
+        hidden=(p.hidden.double() / balanced).half(),
+        weight=(p.weight.double() * balanced).half(),
+        grad=p.grad * coefficient,
+    )
+    lse = wide.forward(False).lse
+    d_hidden, _, _ = wide.backward(lse, weight=False)
+    want = reference(wide).gradients[0]
+    assert (d_hidden.double() - want).norm() <= 4e-3 * want.norm() + 3e-8 * math.sqrt(want.numel())
+    other = replace(
+        p,
+        hidden=(p.hidden.double() * balanced).half(),
+        weight=(p.weight.double() / balanced).half(),
+        grad=p.grad * coefficient,
+    )
+    _, d_weight, _ = other.backward(other.forward(False).lse, hidden=False)
+    want = reference(other).gradients[1]
+    assert (d_weight.double() - want).norm() <= 4e-3 * want.norm() + 3e-8 * math.sqrt(want.numel())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matmul_gathers_scatters_and_adds(seed: int, dtype: torch.dtype) -> None:
+    m, k, width = 21, 45, 37
+    padded = torch.zeros(32, 64, dtype=dtype)
+    padded[:m, :k] = torch.randn(m, k)
+    padded[:m, k:] = 1.0  # finite padding of the inner dimension must not count
+    a, b = padded[:m, :k], torch.randn(60, width).to(dtype)
+    inner_rows, out_rows = torch.randperm(60)[:k], torch.randperm(30)[:m]
+    addend, alpha = torch.randn(m, width), torch.tensor(0.25)
+    out = torch.full((30, width), math.nan, dtype=torch.float32)
+    config = tile_configs.tile_config("matmul", tile_configs.target(torch.device("cpu")), b)
+    matmul_triton.matmul(
+        a, b, out, config, alpha=alpha, inner_rows=inner_rows, out_rows=out_rows, addend=addend
+    )
+    want = matmul_triton.reference(a, b, inner_rows, addend) * 0.25
+    torch.testing.assert_close(out[out_rows].double(), want, rtol=0, atol=1e-5)
+    untouched = torch.ones(30, dtype=torch.bool)
+    untouched[out_rows] = False
+    assert out[untouched].isnan().all()
+
+
+def test_operation_dispatches_here_and_agrees_with_the_torch_backend(seed: int) -> None:
+    p = make_problem(seed, FLOAT32, CAPPED)
+    labels = torch.full((p.hidden.shape[0],), -100)
+    labels[p.rows] = p.labels
+    results = {}
+    for backend in ("triton", "torch"):
+        hidden, weight, bias = (t.clone().requires_grad_() for t in (p.hidden, p.weight, p.bias))
+        logps, stats = fastpo.linear_logprobs(
+            hidden, weight, labels, bias,
+            logit_scale=0.8, softcap=4.0, temperature=1.3, backend=backend, return_stats=True,
+        )  # fmt: skip
+        logps.cos().sum().backward()
+        results[backend] = (logps, *stats, hidden.grad, weight.grad, bias.grad)
+    for got, want in zip(results["triton"], results["torch"], strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn], ids=str)
+def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
+    hidden, weight = torch.zeros(2, 4).to(dtype), torch.zeros(8, 4).to(dtype)
+    assert str(dtype) in linear_logprobs_triton.supported(hidden, weight)
+    with pytest.raises(ValueError, match=f"backend: got 'triton', but dtype {dtype}"):
+        linear_logprobs_triton.forward(
+            hidden, weight, None, torch.zeros(2, dtype=torch.int64), None, PLAIN, False
+        )
+    assert "weight has dtype" in linear_logprobs_triton.supported(torch.zeros(2, 4), weight)
+    assert linear_logprobs_triton.supported(torch.zeros(2, 4), torch.zeros(8, 4)) is None
+
+
+# Planted faults: the comparisons above must notice each of them.
+
+
+class _Altered:
+    """A kernel whose launches get other arguments."""
+
+    def __init__(self, kernel, alter) -> None:
+        self.kernel, self.alter = kernel, alter
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            named = dict(zip(self.kernel.arg_names, args, strict=False))
+            self.kernel[grid](**{**named, **self.alter(named)}, **options)
+
+        return launch
+
+
+FORWARD_FAULTS = {
+    "dropped tile": lambda a: {"V": a["V"] - 32},
+    "unmasked tail": lambda a: {"V": -(-a["V"] // 32) * 32},
+    "shifted label": lambda a: {"labels": a["labels"] - 1},
+    "ignored bias": lambda a: {"bias": a["bias"] * 0},
+    "rows not gathered": lambda a: {"row_index": torch.arange(a["n"])},
+}
+# dz past V is zeroed and the products end at V: either alone suffices, so the fault is in both.
+BACKWARD_FAULTS = {
+    **FORWARD_FAULTS,
+    "zero coefficient": lambda a: {"grad": a["grad"] * 0},
+    "lse of the next row": lambda a: {"lse": a["lse"].roll(1)},
+}
+PRODUCT_FAULTS = {
+    "zero gradient": lambda a: {"alpha": a["alpha"] * 0 if a["alpha"] is not None else None},
+    "unmasked tail": lambda a: {"K": -(-a["K"] // 32) * 32 if a["inner_rows"] is None else a["K"]},
+    "dropped inner tile": lambda a: {"K": a["K"] - 16},
+    "missing partial sum": lambda a: {
+        "addend": a["addend"] * 0 if a["addend"] is not None else None
+    },
+}
+
+
+def faulty_problem(seed: int) -> Problem:
+    """A tail in the vocabulary, with something past it in memory that an unmasked kernel would read."""
+    p = make_problem(seed, FLOAT32, SCALED)
+    vocab = p.weight.shape[0]
+    longer = torch.randn(vocab + 32, p.weight.shape[1])
+    longer[:vocab] = p.weight
+    bias = torch.randn(vocab + 32)
+    p.labels[3] = 40  # not a label that a clamp or a shift leaves as it is
+    return replace(p, weight=longer[:vocab], bias=bias[:vocab])
+
+
+@pytest.mark.parametrize("fault", [None, *FORWARD_FAULTS])
+def test_forward_faults_are_noticed(seed: int, monkeypatch, fault: str | None) -> None:
+    p = faulty_problem(seed)
+    alter = FORWARD_FAULTS.get(fault, lambda a: {})
+    kernel = _Altered(forward_launcher._partials_kernel, alter)
+    monkeypatch.setattr(forward_launcher, "_partials_kernel", kernel)
+    if fault is None:
+        return check_forward(p, p.forward(), reference(p))
+    with pytest.raises(AssertionError):
+        check_forward(p, p.forward(), reference(p))
+
+
+@pytest.mark.parametrize("fault", [None, *dict.fromkeys([*BACKWARD_FAULTS, *PRODUCT_FAULTS])])
+def test_backward_faults_are_noticed(seed: int, monkeypatch, fault: str | None) -> None:
+    p = faulty_problem(seed)
+    lse = p.forward(False).lse
+    for module, name, faults in (
+        (backward_launcher, "_dlogits_kernel", BACKWARD_FAULTS),
+        (matmul_triton, "_matmul_kernel", PRODUCT_FAULTS),
+    ):
+        kernel = _Altered(getattr(module, name), faults.get(fault, lambda a: {}))
+        monkeypatch.setattr(module, name, kernel)
+    if fault is None:
+        return check_gradients(p, p.backward(lse, budget=2048), reference(p))
+    with pytest.raises(AssertionError):
+        check_gradients(p, p.backward(lse, budget=2048), reference(p))

@@ -1,0 +1,183 @@
+"""The compile audit: what it finds on kernels with known faults, and that the shipped kernels have none.
+
+The tables go to artefacts/kernel_audit/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fastpo.kernels import audit, linear_logprobs_audit, tile_configs
+from fastpo.kernels.audit import CHIPS, AuditCase, Report
+
+ARTEFACTS = Path(__file__).parents[2] / "artefacts" / "kernel_audit"
+pytestmark = pytest.mark.skipif(tile_configs.INTERPRETED, reason="compiles kernels")
+
+
+@triton.jit
+def _product_kernel(
+    a, b, c, K, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr
+):
+    rows, cols, depth = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, DEPTH)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, K, DEPTH):
+        a_tile = tl.load(a + rows[:, None] * K + start + depth[None, :])
+        b_tile = tl.load(b + cols[None, :] * K + start + depth[:, None])
+        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+    tl.store(c + rows[:, None] * COLS + cols[None, :], acc)
+
+
+@triton.jit
+def _copy_kernel(a, c, n, SIZE: tl.constexpr):
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(c + i, tl.load(a + i, mask=i < n), mask=i < n)
+
+
+def product_report(
+    chip: str,
+    dtype: torch.dtype,
+    tile: tuple[int, int, int],
+    warps: int = 4,
+    stages: int = 2,
+    precision: str = "tf32x3",
+) -> Report:
+    operand, out = torch.zeros(256, 256, dtype=dtype), torch.zeros(256, 256)
+
+    def launch() -> None:
+        _product_kernel[(1,)](
+            operand,
+            operand,
+            out,
+            256,
+            *tile,
+            PRECISION=precision,
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+    (found,) = audit.record(chip, [AuditCase("product", True, launch)])
+    return audit.inspect(found)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_good_product_passes(chip: str, dtype: torch.dtype) -> None:
+    report = product_report(chip, dtype, (64, 64, 32))
+    assert report.problems() == []
+    assert report.dots == 1
+    assert report.registers > 32
+    assert report.shared_bytes >= (64 + 64) * 32 * dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"tile": (64, 128, 32), "precision": "tf32"}, "1 float32 products in plain tf32"),
+        ({"tile": (32, 32, 32), "precision": "ieee"}, "no instruction matches"),
+        ({"tile": (128, 64, 32)}, "spills"),
+        ({"tile": (128, 128, 64), "stages": 4}, "bytes of shared memory, limit 101376"),
+    ],
+    ids=["tf32", "no tensor cores", "spill", "shared memory"],
+)
+def test_fault_is_found(arguments: dict, problem: str) -> None:
+    report = product_report("sm_80", torch.float32, **arguments)
+    assert any(problem in found for found in report.problems()), report
+
+
+def test_specialisation_is_what_triton_would_choose() -> None:
+    """Aligned pointers, multiples of 16 and the integer 1 make kernels of their own, other integers do not."""
+
+    def copy(offset: int, n: int) -> Callable[[], object]:
+        x, y = torch.zeros(40)[offset:], torch.zeros(40)
+        return lambda: _copy_kernel[(1,)](x, y, n, SIZE=32)
+
+    def count(*calls: tuple[int, int]) -> int:
+        return len(audit.record("sm_90", [AuditCase("copy", True, copy(*call)) for call in calls]))
+
+    assert count((0, 32), (0, 16)) == 1
+    assert count((0, 17), (0, 19)) == 1
+    assert count((0, 32), (1, 32), (0, 17), (0, 1)) == 4
+    (launch,) = audit.record("sm_90", [AuditCase("copy", True, copy(0, 17))])
+    assert dict(launch.signature) == {"a": "*fp32", "c": "*fp32", "n": "i32", "SIZE": "constexpr"}
+
+
+def test_recording_launches_nothing_and_leaves_triton_as_it_was() -> None:
+    driver = triton.runtime.driver._active
+    calls, cpu = [], torch.device("cpu")
+    audit.record("sm_90", [AuditCase("none", True, lambda: calls.append(tile_configs.target(cpu)))])
+    assert calls == [tile_configs.Target("sm_90", 132)]
+    assert triton.runtime.driver._active is driver
+    assert triton.knobs.runtime.jit_cache_hook is None
+    assert tile_configs.unsupported(cpu) is not None
+
+
+def test_every_row_of_the_tile_table_is_audited() -> None:
+    flags = ("bias", "softcap", "gather", "stats", "cut")
+    cases = [
+        case
+        for case in linear_logprobs_audit.audit_cases()
+        if case.name.count("+") in (0, len(flags)) and "n ≤ V" in case.name
+    ]
+    assert len(cases) == 3 * 3 * 2
+    for chip in CHIPS:
+        audited = set()
+        for launch in audit.record(chip, cases):
+            names = [name for name, _ in launch.signature]
+            constants = {names[path[0]]: value for path, value in launch.constants}
+            if "DEPTH" in constants:
+                kind = "matmul" if launch.kernel.endswith("_matmul_kernel") else "logits"
+                half = dict(launch.signature)["b" if kind == "matmul" else "hidden"] != "*fp32"
+                options = dict(launch.options)
+                tile = tile_configs.TileConfig(
+                    *(constants[name] for name in ("ROWS", "COLS", "DEPTH")),
+                    options["num_warps"],
+                    options["num_stages"],
+                )
+                audited.add((kind, half, tile))
+        for (use, table_chip, family), tile in tile_configs._TABLE.items():
+            if table_chip == chip:
+                kinds = {"matmul": ["matmul"], "unaligned": ["matmul", "logits"]}.get(
+                    use, ["logits"]
+                )
+                for kind in kinds:
+                    assert (kind, family == "half", tile) in audited, (use, chip, family)
+
+
+def check(name: str, reports: list[Report]) -> None:
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    (ARTEFACTS / f"{name}.md").write_text(audit.table(reports), encoding="utf-8")
+    assert reports
+    bad = [report for report in reports if report.problems()]
+    assert not bad, "\n" + audit.table(bad)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_kernels_with_all_flags_on_and_off(chip: str) -> None:
+    reports = audit.audit([chip], gate_only=True)
+    check(f"gate_{chip}", reports)
+    kernels = {report.launch.kernel.rpartition(".")[2] for report in reports}
+    assert {"_partials_kernel", "_merge_kernel", "_dlogits_kernel", "_matmul_kernel"} <= kernels
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    "match", ["torch.float32", "torch.bfloat16", "torch.float16", "margins", "epilogue"]
+)
+def test_every_configuration(chip: str, match: str) -> None:
+    check(f"full_{chip}_{match}", audit.audit([chip], match))
+
+
+@pytest.mark.slow
+def test_full_audit_leaves_no_case_out() -> None:
+    matches = ("torch.float32", "torch.bfloat16", "torch.float16", "margins", "epilogue")
+    for module in audit.modules():
+        for case in module.audit_cases():
+            assert sum(match in case.name for match in matches) == 1, case.name
