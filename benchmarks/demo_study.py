@@ -45,9 +45,9 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "SimPO": {
         "beta": [2.5, 10.0],
         "gamma_beta_ratio": [0.1, 0.3, 0.6],
-        "learning_rate": [3e-5, 6e-5, 1e-4],
+        "learning_rate": [3e-5, 6e-5, 1e-4, 2e-4],
     },
-    "γ-DPO": {"simpo_gamma": [0.5, 1.0, 2.0, 4.0], "gamma_tau": [0.3, 1.0, 3.0]},
+    "γ-DPO": {"simpo_gamma": [0.5, 1.0, 2.0, 4.0], "gamma_tau": [0.1, 0.3, 1.0, 3.0]},
     "γ-SimPO": {"gamma_beta_ratio": [0.1, 0.3, 0.6], "gamma_tau": [0.1, 0.3, 1.0, 3.0]},
 }
 
