@@ -28,7 +28,15 @@ from torch import Tensor
 
 from . import chunking
 from .logit_transform import LogitTransform
-from .logits_triton import place, raw_tile, scale_factors, source_rows, tanh
+from .logits_triton import (
+    contiguous,
+    local_labels,
+    place,
+    raw_tile,
+    scale_factors,
+    source_rows,
+    tanh,
+)
 from .matmul_triton import matmul
 from .precision_triton import round_to
 from .tile_configs import GROUP_ROWS, Target, TileConfig, tile_config
@@ -52,7 +60,7 @@ def _dlogits_kernel(
         HAS_BIAS, ROWS, COLS, DEPTH,
     )  # fmt: skip
     kept = rows < n
-    label = tl.load(labels + rows, mask=kept, other=-1) - first_col
+    label = local_labels(labels, rows, n, first_col, V)
     row_lse = tl.load(lse + rows, mask=kept, other=0.0)
     coefficient = tl.load(grad + rows, mask=kept, other=0.0) * factor * tl.load(scale)
     if SOFTCAP:
@@ -96,6 +104,9 @@ def launch_backward(
     if n == 0 or not (need_hidden or need_weight or need_bias):
         return d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype)
 
+    # The gradient of a sum comes with stride 0.
+    grad, lse, labels = grad.contiguous(), lse.contiguous(), labels.contiguous()
+    bias, rows = contiguous(bias), contiguous(rows)
     use = "logits" if transform.softcap is None else "softcap"
     config = tile_config(use, target, hidden, weight)
     matmul_config = tile_config("matmul", target, hidden, weight)

@@ -23,7 +23,15 @@ from torch import Tensor
 
 from .linear_logprobs_torch import ForwardResult
 from .logit_transform import LogitTransform
-from .logits_triton import place, raw_tile, scale_factors, source_rows, tanh
+from .logits_triton import (
+    contiguous,
+    local_labels,
+    place,
+    raw_tile,
+    scale_factors,
+    source_rows,
+    tanh,
+)
 from .tile_configs import GROUP_ROWS, Target, tile_config, vocabulary_splits
 
 MERGE_ROWS = 128
@@ -40,7 +48,7 @@ def _partials_kernel(
     block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
     rows = block * ROWS + tl.arange(0, ROWS)
     hidden_rows = source_rows(row_index, rows, n, GATHER)
-    label = tl.load(labels + rows, mask=rows < n, other=-1)
+    label = local_labels(labels, rows, n, 0, V)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     label_logit = tl.zeros([ROWS], tl.float32)
@@ -165,6 +173,7 @@ def launch_forward(
     )
     if n == 0:
         return result
+    labels, bias, rows = labels.contiguous(), contiguous(bias), contiguous(rows)
     config = tile_config(
         "logits" if transform.softcap is None else "softcap", target, hidden, weight
     )

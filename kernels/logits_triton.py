@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .logit_transform import LogitTransform
 from .precision_triton import dot
@@ -20,6 +21,11 @@ def scale_factors(transform: LogitTransform) -> tuple[float, float]:
     if transform.softcap is None:
         return 1.0, transform.linear_factor
     return transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
+
+
+def contiguous(vector: Tensor | None) -> Tensor | None:
+    """An optional vector as the kernels read it, with stride 1."""
+    return None if vector is None else vector.contiguous()
 
 
 @triton.jit
@@ -37,6 +43,13 @@ def source_rows(row_index, rows, n, GATHER: tl.constexpr):
     """Where ``rows`` of the kept rows lie in hidden, int64; rows past the end repeat a valid one."""
     rows = tl.minimum(rows, n - 1)
     return tl.load(row_index + rows) if GATHER else rows.to(tl.int64)
+
+
+@triton.jit
+def local_labels(labels, rows, n, first_col, V):
+    """Column of each row's label among the V columns from ``first_col`` on, int32; −1 if not among them."""
+    label = tl.load(labels + rows, mask=rows < n, other=-1) - first_col
+    return tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
 
 
 @triton.jit

@@ -131,16 +131,16 @@ def _aligned(matrix: torch.Tensor) -> bool:
 
 
 def vocabulary_splits(row_blocks: int, tiles: int, processors: int) -> int:
-    """Into how many splits the vocabulary tiles go so that ``processors`` programs at a time end earliest.
+    """Into how many splits the vocabulary tiles go so that ``processors`` programs at a time end early.
 
-    A split walks its tiles one after the other. Fewer splits mean fewer partial results to merge; at least as
-    many are taken as fill the chip while only ``GROUP_ROWS`` row blocks are under way.
+    A split walks its tiles one after the other. At least as many are taken as fill the chip while only
+    ``GROUP_ROWS`` row blocks are under way, and of those within 2 % of the earliest end the fewest, as each
+    split leaves a partial result to merge.
     """
     least = min(tiles, math.ceil(processors / min(row_blocks, GROUP_ROWS)))
-    most = min(tiles, 4 * least)
-
-    def makespan(splits: int) -> int:
-        return math.ceil(row_blocks * splits / processors) * math.ceil(tiles / splits)
-
-    best = min(range(least, most + 1), key=lambda splits: (makespan(splits), splits))
-    return math.ceil(tiles / math.ceil(tiles / best))  # no split without a tile
+    ends = {
+        splits: math.ceil(row_blocks * splits / processors) * math.ceil(tiles / splits)
+        for splits in range(least, min(tiles, 4 * least) + 1)
+    }
+    fewest = min(splits for splits, end in ends.items() if end <= 1.02 * min(ends.values()))
+    return math.ceil(tiles / math.ceil(tiles / fewest))  # no split without a tile
