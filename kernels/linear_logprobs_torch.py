@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .chunking import plan_tile, spans
 from .logit_transform import IDENTITY, LogitTransform
-from .precision import TORCH_DTYPES, accumulation_dtype, full_precision
+from .precision import accumulation_dtype, full_precision
 
 
 class ForwardResult(NamedTuple):
@@ -47,13 +47,6 @@ def linear_logprobs_reference(
     kept = labels != ignore_index
     index = torch.where(kept, labels, 0).unsqueeze(-1)
     return torch.where(kept, logps.gather(-1, index).squeeze(-1), 0.0)
-
-
-def supported(hidden: Tensor, weight: Tensor) -> str | None:
-    """None if this backend can take the call, else the reason why not."""
-    if hidden.dtype not in TORCH_DTYPES:
-        return f"dtype {hidden.dtype} is not one of {[str(d) for d in TORCH_DTYPES]}"
-    return None
 
 
 def forward(

@@ -22,15 +22,19 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """Products of float32 tensors are float32 products inside, whatever the caller has allowed.
 
     Switches off autocast, and tf32 (CUDA) and bf16 (oneDNN) substitution for matrix products, for the
-    duration of the block. The two switches are process-wide, as PyTorch has them.
+    duration of the block. The switches are process-wide, as PyTorch has them.
     """
     switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     previous = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    # The older switch has to agree: PyTorch refuses to read the setting where the two contradict each other.
+    older = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
+        torch.set_float32_matmul_precision(older)
         for switch, value in zip(switches, previous, strict=True):
             switch.fp32_precision = value

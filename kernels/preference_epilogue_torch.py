@@ -192,6 +192,11 @@ def check(
         )
     if ref_logps is not None and ref_logps.shape != (sequences,):
         raise ValueError(f"ref_logps: got shape {tuple(ref_logps.shape)}, expected ({sequences},)")
+    for name, tensor in (("labels", labels), ("cu_seqlens", cu_seqlens), ("ref_logps", ref_logps)):
+        if tensor is not None and tensor.device != token_logps.device:
+            raise ValueError(
+                f"{name}: got device {tensor.device}, expected that of token_logps, {token_logps.device}"
+            )
 
 
 def _sequence_sums(

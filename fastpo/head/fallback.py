@@ -19,25 +19,11 @@ from fastpo.ops.linear_logprobs import TokenStats
 LOGIT_COPIES = 4  # logits as they come, in float32, their log-softmax and its gradient
 
 
-def kept_rows(labels: Tensor, ignore_index: int, vocab: int) -> Tensor:
-    """(n,) flat positions that carry a label; ValueError for labels outside [0, vocab)."""
-    flat = labels.reshape(-1)
-    rows = (flat != ignore_index).nonzero().squeeze(1)
-    bad = (flat[rows] < 0) | (flat[rows] >= vocab)
-    if bad.any():
-        first = int(rows[bad][0])
-        raise ValueError(
-            f"labels: {int(bad.sum())} of {len(rows)} outside [0, {vocab}) and not ignore_index "
-            f"{ignore_index}; the first is {int(flat[first])} at flat position {first}"
-        )
-    return rows
-
-
 def chunked_logprobs(
     to_logits: Callable[[Tensor], Tensor],  # (m, K) → (m, V)
     source: Tensor,  # (n, K): a row for each kept label
     labels: Tensor,  # (B, T)
-    rows: Tensor,  # (n,) from kept_rows
+    rows: Tensor,  # (n,) flat positions of the kept labels
     vocab: int,
     tail: Tail,
     temperature: float,

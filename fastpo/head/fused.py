@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from fastpo.head.causal_lm import find_causal_lm, linear_layers
-from fastpo.head.fallback import chunked_logprobs, kept_rows
+from fastpo.head.fallback import chunked_logprobs
 from fastpo.head.tail import Tail, probe_tail
-from fastpo.ops.linear_logprobs import TokenStats, linear_logprobs
+from fastpo.ops.linear_logprobs import TokenStats, kept_rows, linear_logprobs
 
 # The model decides on scale and softcap; the labels come with each call.
 OPTIONS = {
@@ -256,7 +256,8 @@ class _Patch:
             logps, call.token_stats = result if options["return_stats"] else (result, None)
             # Not a view: FSDP warns of those, as an in-place change of one would lose its hooks.
             return logps.clone()
-        call.rows = kept_rows(labels, options["ignore_index"], call.installed.vocab)
+        order, count = kept_rows(labels.reshape(-1), options["ignore_index"], call.installed.vocab)
+        call.rows = order[:count]
         kept = hidden.reshape(-1, hidden.shape[-1])[call.rows]
         if call.installed.method == "compact":
             return original(kept[None])

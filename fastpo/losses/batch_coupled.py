@@ -122,7 +122,7 @@ class BetaDPO(nn.Module):
         """Losses of this rank's pairs, (B,) float64."""
         gap = pairs.logratios.gap
         gaps = gather_pairs(beta * gap.detach(), group)
-        self.to(gaps.device)
+        self.to(gaps.device, gaps.dtype)  # float64, whatever the module was cast to
         deviation = gaps[self._sample(gaps)].mean() - self.gap_mean
         beta_used = (beta * (1 + self.a * deviation)).clamp(min=1e-3)
         if self.training:
@@ -132,7 +132,8 @@ class BetaDPO(nn.Module):
     def _sample(self, gaps: Tensor) -> Tensor:
         """Indices of the sampled gaps: the largest log weight + Gumbel noise, where no weight underflows."""
         generator = self._generator if self.training else self._generator.clone_state()
-        uniform = torch.rand(gaps.shape, generator=generator, dtype=gaps.dtype).to(gaps.device)
+        uniform = torch.rand(gaps.shape, generator=generator, dtype=gaps.dtype)
+        uniform = uniform.to(gaps.device, non_blocking=True)
         log_weight = -0.5 * ((gaps - self.gap_mean) / (self.gap_std + 1e-10)).square()
         count = max(1, int(gaps.numel() * self.sample_fraction))
         return (log_weight - torch.log(-torch.log(uniform))).topk(count).indices

@@ -49,7 +49,8 @@ class Pairs:
 
         Raises:
             TypeError: an argument is not a tensor, or log-probs are not floating point.
-            ValueError: shapes other than (B,) with B ≥ 1, or one half alone of the reference or the lengths.
+            ValueError: shapes other than (B,) with B ≥ 1, devices that differ, or one half alone of the
+                reference or the lengths.
         """
         given: dict[str, Tensor | None] = {
             "chosen_logps": chosen_logps,
@@ -70,6 +71,11 @@ class Pairs:
                 raise ValueError(
                     f"{name}: got shape {tuple(value.shape)}, expected (B,) with B ≥ 1, that of "
                     f"chosen_logps, {tuple(chosen_logps.shape)}"
+                )
+            if value.device != chosen_logps.device:
+                raise ValueError(
+                    f"{name}: got device {value.device}, expected that of chosen_logps, "
+                    f"{chosen_logps.device}"
                 )
         for half, other in (
             ("ref_chosen_logps", "ref_rejected_logps"),

@@ -156,9 +156,12 @@ class PreferenceLoss(nn.Module):
             if ref_weight is None:
                 raise ValueError("ref_weight: got None, expected (V, H) with ref_hidden")
             with torch.no_grad():
-                tokens = linear_logprobs(
-                    ref_hidden, ref_weight, labels, ref_bias, **self.operation_options
-                )
+                try:
+                    tokens = linear_logprobs(
+                        ref_hidden, ref_weight, labels, ref_bias, **self.operation_options
+                    )
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"ref_hidden, ref_weight or ref_bias: {error}") from error
                 ref_logps, _ = sequence_sums(
                     tokens, labels, cu_seqlens=cu_seqlens, ignore_index=self.ignore_index
                 )
@@ -240,6 +243,10 @@ class PreferenceLoss(nn.Module):
                 raise ValueError(
                     f"ref_logps: got shape {tuple(ref_logps.shape)}, expected {tuple(sums.shape)}, "
                     "one sum per answer"
+                )
+            if ref_logps.device != sums.device:
+                raise ValueError(
+                    f"ref_logps: got device {ref_logps.device}, expected that of the log-probs, {sums.device}"
                 )
             ref_chosen, ref_rejected = ref_logps.chunk(2)
         chosen, rejected = sums.chunk(2)

@@ -134,7 +134,19 @@ class Loss:
         gamma0: float,
         group: ProcessGroup | None,
     ) -> Tensor:
-        """Losses (B,) float64 of a ``function`` that :meth:`bind` returned."""
+        """Losses (B,) float64 of a ``function`` that :meth:`bind` returned.
+
+        Raises:
+            TypeError: ``gamma`` is not a tensor.
+            ValueError: ``gamma`` is not (B,).
+        """
+        if not (gamma is None or isinstance(gamma, Tensor)):
+            raise TypeError(f"gamma: got {type(gamma).__name__}, expected a tensor (B,)")
+        if gamma is not None and gamma.shape != pairs.chosen_logps.shape:
+            raise ValueError(
+                f"gamma: got shape {tuple(gamma.shape)}, expected {tuple(pairs.chosen_logps.shape)}, "
+                "a target margin for each pair"
+            )
         if self.margin == "target":
             margin = gamma0 if gamma is None else gamma
         else:

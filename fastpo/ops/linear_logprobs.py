@@ -122,14 +122,14 @@ def linear_logprobs(
         ValueError: shapes or devices that do not fit, a label outside [0, V), a softcap or temperature ≤ 0.
 
     Under autocast, ``hidden``, ``weight`` and ``bias`` are cast to the autocast dtype first, as a linear layer
-    would do.
+    would do; float64 stays.
     """
     if backward not in BACKWARDS:
         raise ValueError(f"backward: got {backward!r}, expected one of {', '.join(BACKWARDS)}")
+    _check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias)
     if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        hidden, weight = _autocast(hidden), _autocast(weight)
+        bias = None if bias is None else _autocast(bias)
     _check_arguments(hidden, weight, labels, bias, logit_scale, softcap, temperature)
     choose_backend(backend, hidden.device, hidden.dtype)
     shape = labels.shape
@@ -178,6 +178,20 @@ def shift_labels(input_ids: Tensor, completion_mask: Tensor, *, ignore_index: in
         completion_mask[..., 1:].bool(), input_ids[..., 1:], ignore_index
     )
     return labels
+
+
+def _check_tensors(bias: Tensor | None, **required: Tensor) -> None:
+    if not (bias is None or isinstance(bias, Tensor)):
+        raise TypeError(f"bias: got {type(bias).__name__}, expected a tensor or None")
+    for name, value in required.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _check_arguments(
@@ -229,10 +243,13 @@ def _check_arguments(
         raise ValueError(f"temperature: got {temperature}, expected a finite number > 0")
 
 
-def _kept_rows(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, int]:
+def kept_rows(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, int]:
     """Indices of the rows that carry a label, first in an (N,) tensor, and how many they are.
 
     The one host read of a forward; it also carries how many labels are out of range.
+
+    Raises:
+        ValueError: a label that is neither ``ignore_index`` nor in [0, vocab).
     """
     kept = labels != ignore_index
     bad = kept & ((labels < 0) | (labels >= vocab))
@@ -263,10 +280,10 @@ def _linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(N,) log-probs, (N,) lse, (N,) kept rows first, their number on the CPU, and three (N,) or (0,) stats."""
     transform = LogitTransform(logit_scale, softcap, temperature)
-    order, count = _kept_rows(labels, ignore_index, weight.shape[0])
+    order, count = kept_rows(labels, ignore_index, weight.shape[0])
     rows = None if count == labels.numel() else order[:count]
     compact_labels = labels if rows is None else labels[rows]
-    result = linear_logprobs_module(hidden, backend).forward(
+    result = linear_logprobs_module(hidden, weight, backend).forward(
         hidden, weight, bias, compact_labels, rows, transform, want_stats
     )
 
@@ -343,7 +360,7 @@ def _linear_logprobs_backward(
     else:
         rows = order[:kept]
         grad, lse, labels = grad[rows], lse[rows], labels[rows]
-    gradients = linear_logprobs_module(hidden, backend).backward(
+    gradients = linear_logprobs_module(hidden, weight, backend).backward(
         grad,
         hidden,
         weight,

@@ -26,7 +26,7 @@ def sequence_logprobs(
         (B,) in the dtype of ``token_logps``, summed in float64. A sequence without a labelled token gives 0.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or devices that do not fit.
     """
     sums, counts = sequence_sums(
         token_logps, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index
@@ -52,6 +52,11 @@ def sequence_sums(
     if token_logps.dim() != dims:
         layout = "(B, T) without cu_seqlens" if cu_seqlens is None else "(N,) with cu_seqlens"
         raise ValueError(f"token_logps: got shape {tuple(token_logps.shape)}, expected {layout}")
+    for name, tensor in (("labels", labels), ("cu_seqlens", cu_seqlens)):
+        if tensor is not None and tensor.device != token_logps.device:
+            raise ValueError(
+                f"{name}: got device {tensor.device}, expected that of token_logps, {token_logps.device}"
+            )
     kept = labels != ignore_index
     values = torch.where(kept, token_logps, 0.0).double()
     if cu_seqlens is None:

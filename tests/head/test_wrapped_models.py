@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -122,8 +123,18 @@ def test_ddp(options, one_process_group, build_model, batch, plain_logprobs, gra
     assert_same(got, expected_gradients)
 
 
+@pytest.fixture
+def fresh_accelerator_state():
+    """accelerate holds one mixed-precision setting per process, which any earlier test may have made."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("install", ["before", "after"])
-def test_accelerate_mixed_precision(install, build_model, batch, gradients):
+def test_accelerate_mixed_precision(
+    install, fresh_accelerator_state, build_model, batch, gradients
+):
     """accelerate puts autocast around ``forward`` and takes it off again."""
     model = build_model("llama")
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)

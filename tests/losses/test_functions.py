@@ -93,6 +93,22 @@ def test_registry_knows_which_losses_take_a_margin(make_pairs):
             )
 
 
+def test_a_margin_is_one_number_per_pair(make_pairs):
+    with pytest.raises(ValueError, match=r"gamma: got shape \(3, 1\), expected \(3,\)"):
+        LOSSES["simpo"](**make_pairs(3), beta=2.0, gamma=torch.ones(3, 1))
+    with pytest.raises(TypeError, match="gamma: got float, expected a tensor"):
+        LOSSES["simpo"](**make_pairs(3), beta=2.0, gamma=0.5)
+
+
+def test_tensors_on_different_devices_are_named(make_pairs):
+    pairs = make_pairs(3)
+    pairs["rejected_lengths"] = pairs["rejected_lengths"].to("meta")
+    with pytest.raises(
+        ValueError, match="rejected_lengths: got device meta, expected that of chosen_logps"
+    ):
+        LOSSES["simpo"](**pairs, beta=2.0)
+
+
 @pytest.mark.parametrize("name", sorted(MARGIN_LOSSES))
 def test_a_margin_equal_to_its_mean_changes_nothing(name, make_pairs):
     pairs = make_pairs()

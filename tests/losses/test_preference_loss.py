@@ -298,6 +298,13 @@ def test_result_dtypes(dtype, batch):
         assert tensor.dtype == torch.float32
 
 
+def test_state_stays_float64_in_a_module_that_is_cast(batch):
+    loss_fn, cast = loss_of("beta_dpo"), loss_of("beta_dpo").to(torch.bfloat16)
+    for _ in range(2):
+        expected, got = (f(*batch.args, **batch.reference).loss for f in (loss_fn, cast))
+        assert got == expected
+
+
 def test_state_is_saved(batch):
     loss_fn = loss_of("beta_dpo", momentum=0.5)
     for _ in range(3):
@@ -376,3 +383,17 @@ class TestErrors:
             loss_fn(*batch.args, ref_weight=batch.ref_weight)
         with pytest.raises(ValueError, match=r"ref_logps: got shape \(4,\), expected \(8,\)"):
             loss_fn(*batch.args, ref_logps=batch.ref_logps()[:PAIRS])
+        with pytest.raises(ValueError, match="ref_logps: got device meta"):
+            loss_fn(*batch.args, ref_logps=batch.ref_logps().to("meta"))
+        with pytest.raises(
+            ValueError, match="ref_hidden, ref_weight or ref_bias: labels: got shape"
+        ):
+            loss_fn(*batch.args, **batch.reference | {"ref_hidden": batch.ref_hidden[:, 1:]})
+
+    def test_margins_of_another_shape(self, batch):
+        for shape in ((PAIRS, 1), (PAIRS - 1,)):
+            loss_fn = loss_of("simpo", margin=lambda gaps, gamma0, s=shape: torch.ones(s))
+            with pytest.raises(
+                ValueError, match=r"gamma: got shape .* a target margin for each pair"
+            ):
+                loss_fn(*batch.args)

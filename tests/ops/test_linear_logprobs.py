@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import fastpo
-from fastpo.kernels import chunking, linear_logprobs_torch
+from fastpo.kernels import backends, chunking, linear_logprobs_torch
 from fastpo.kernels.linear_logprobs_torch import linear_logprobs_reference
 from fastpo.kernels.logit_transform import LogitTransform
+from fastpo.kernels.precision import full_precision
 
 # (N, H, V): more rows than columns and the reverse, odd, prime, and one of each extreme
 SHAPES = [(37, 16, 101), (211, 33, 97), (64, 61, 2053), (1, 1, 1), (5, 128, 2), (300, 7, 131)]
@@ -360,6 +361,10 @@ def test_autocast_casts_like_a_linear_layer(seed: int) -> None:
     torch.testing.assert_close(logps, rounded, rtol=0, atol=0)
     logps.sum().backward()
     assert {h.grad.dtype, w.grad.dtype, b.grad.dtype} == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which leaves float64 alone
+        assert (
+            fastpo.linear_logprobs(hidden.double(), weight.double(), labels).dtype == torch.float64
+        )
 
 
 def test_float32_stays_float32_whatever_the_switches_say(seed: int) -> None:
@@ -374,6 +379,46 @@ def test_float32_stays_float32_whatever_the_switches_say(seed: int) -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("older", ["highest", "high", "medium"])
+@pytest.mark.parametrize("newer", [None, "tf32"])
+def test_both_precision_switches_agree_inside_and_come_back(older: str, newer: str | None) -> None:
+    """PyTorch raises on reading the setting where its older and its newer switch contradict each other."""
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = torch.get_float32_matmul_precision(), [s.fp32_precision for s in switches]
+    try:
+        torch.set_float32_matmul_precision(older)
+        if newer is not None:
+            switches[0].fp32_precision = newer
+        given = [switch.fp32_precision for switch in switches]
+        with full_precision(torch.device("cpu")):
+            assert torch.backends.cuda.matmul.allow_tf32 is False
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert [switch.fp32_precision for switch in switches] == ["ieee", "ieee"]
+        assert [switch.fp32_precision for switch in switches] == given
+        for switch in switches:  # the older switch can be read again, whatever the mixture was
+            switch.fp32_precision = "ieee"
+        assert torch.get_float32_matmul_precision() == older
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        for switch, value in zip(switches, before[1], strict=True):
+            switch.fp32_precision = value
+
+
+def test_auto_takes_pytorch_where_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that is too old for them."""
+    triton_module = pytest.importorskip("fastpo.kernels.linear_logprobs_triton")
+    monkeypatch.setattr(backends, "choose_backend", lambda *_: "triton")
+    monkeypatch.setattr(
+        triton_module, "supported", lambda *_: "compute capability 7.5 is below 8.0"
+    )
+    hidden, weight = torch.randn(4, 8), torch.randn(11, 8)
+    assert backends.linear_logprobs_module(hidden, weight, "auto") is linear_logprobs_torch
+    with pytest.raises(ValueError, match="got 'triton', but compute capability"):
+        backends.linear_logprobs_module(hidden, weight, "triton").forward(
+            hidden, weight, None, torch.zeros(4).long(), None, LogitTransform(), False
+        )
 
 
 # ---- planted faults: each must be seen by the comparisons above
@@ -429,6 +474,9 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, dict[str, object]]]:
     h, w, y = torch.randn(4, 8), torch.randn(11, 8), torch.randint(11, (4,))
     return {
         "hidden dtype": (TypeError, "hidden: got dtype torch.int64", {"hidden": h.long()}),
+        "hidden missing": (TypeError, "hidden: got NoneType, expected a tensor", {"hidden": None}),
+        "labels a list": (TypeError, "labels: got list, expected a tensor", {"labels": [0, 1, 2, 3]}),
+        "bias a number": (TypeError, "bias: got float, expected a tensor or None", {"bias": 0.0}),
         "weight dtype": (TypeError, "weight: got dtype torch.float64", {"weight": w.double()}),
         "weight not floating": (TypeError, "weight: got dtype torch.int64", {"weight": w.long()}),
         "weight width": (ValueError, r"weight: got shape \(11, 7\), expected \(V, 8\)", {"weight": w[:, :7]}),

@@ -85,6 +85,16 @@ def test_bad_input_is_named(shapes: tuple, cu_seqlens: list | None, message: str
         )
 
 
+def test_a_tensor_on_another_device_is_named() -> None:
+    logps, labels, bounds = torch.zeros(6), torch.zeros(6).long(), torch.tensor([0, 2, 6])
+    with pytest.raises(ValueError, match="labels: got device meta, expected that of token_logps"):
+        fastpo.sequence_logprobs(logps, labels.to("meta"), cu_seqlens=bounds)
+    with pytest.raises(
+        ValueError, match="cu_seqlens: got device meta, expected that of token_logps"
+    ):
+        fastpo.sequence_logprobs(logps, labels, cu_seqlens=bounds.to("meta"))
+
+
 def test_labels_are_shifted_by_one() -> None:
     ids = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
     completion = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]])
