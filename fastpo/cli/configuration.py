@@ -83,6 +83,7 @@ def _take_values(
     parser: HfArgumentParser, values: dict[str, Any], settings: argparse.Namespace, where: str
 ) -> None:
     """Put YAML values into `settings`. Scalars are parsed as text: PyYAML takes 1e-6 for a string."""
+    choices = {action.dest: action.choices or () for action in parser._actions}
     scalars = []
     for name, value in values.items():
         if name not in _field_names():
@@ -94,7 +95,9 @@ def _take_values(
                 )
             setattr(settings, name, value)
         else:
-            scalars.append(f"--{name}={value}")
+            # PyYAML takes an unquoted no, as in save_strategy: no, for false.
+            text = "no" if value is False and "no" in choices[name] else value
+            scalars.append(f"--{name}={text}")
     _take_arguments(parser, scalars, settings, where)
 
 

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MARGINS = ("fixed", "gamma")
+_GAMMA_FIELDS = (
+    "gamma_tau",
+    "gamma_scope",
+    "gamma_solver",
+    "gamma_queue_size",
+    "gamma_sample_size",
+)  # of margin gamma alone
 
 
 @dataclass
@@ -274,6 +281,17 @@ class PreferenceConfig(TrainingArguments):
                 f"router_aux_loss_coef: got {self.router_aux_loss_coef}, expected a number ≥ 0"
             )
         build_loss(self)  # checks what belongs to the loss
+        idle = [
+            f.name
+            for f in fields(self)
+            if f.name in _GAMMA_FIELDS and getattr(self, f.name) != f.default
+        ]
+        if idle and self.margin == "fixed":
+            warnings.warn(
+                f"{', '.join(idle)}: no effect with margin 'fixed', expected margin 'gamma' for γ-PO",
+                UserWarning,
+                stacklevel=4,
+            )
         if not self.needs_reference and (
             self.precompute_ref_log_probs or self.ref_model_name_or_path
         ):
@@ -298,15 +316,19 @@ def build_loss(config: PreferenceConfig, group: ProcessGroup | None = None) -> P
     options: Any = config.loss_kwargs or {}
     margin = None
     if config.margin == "gamma":
-        margin = DynamicMargin(
-            config.gamma_tau,
-            scope=config.gamma_scope,
-            queue_size=config.gamma_queue_size,
-            sample_size=config.gamma_sample_size,
-            solver=config.gamma_solver,
-            seed=config.seed,
-            group=group,
-        )
+        try:
+            margin = DynamicMargin(
+                config.gamma_tau,
+                scope=config.gamma_scope,
+                queue_size=config.gamma_queue_size,
+                sample_size=config.gamma_sample_size,
+                solver=config.gamma_solver,
+                seed=config.seed,
+                group=group,
+            )
+        except (TypeError, ValueError) as error:  # names its own argument, not the field
+            prefix = "" if str(error).startswith("seed:") else "gamma_"
+            raise type(error)(f"{prefix}{error}") from error
     return PreferenceLoss(
         config.loss_type,
         beta=config.beta,
@@ -339,11 +361,7 @@ LOSS_FIELDS = (
     "gamma_beta_ratio",
     "simpo_gamma",
     "margin",
-    "gamma_tau",
-    "gamma_scope",
-    "gamma_solver",
-    "gamma_queue_size",
-    "gamma_sample_size",
+    *_GAMMA_FIELDS,
     "label_smoothing",
     "sft_weight",
     "loss_kwargs",

@@ -46,13 +46,12 @@ def load_tokenizer(config: PreferenceConfig) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: the tokenizer cannot be loaded.
     """
-    name = config.tokenizer_name_or_path or checked_name(config, "model_name_or_path")
+    field = "tokenizer_name_or_path" if config.tokenizer_name_or_path else "model_name_or_path"
+    name = config.tokenizer_name_or_path or checked_name(config, field)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"tokenizer_name_or_path: no tokenizer could be loaded from {name}: {error}"
-        ) from error
+        raise ValueError(f"{field}: no tokenizer could be loaded from {name}: {error}") from error
     if config.chat_template is not None:
         tokenizer.chat_template = _text_or_file(config.chat_template)
     if tokenizer.pad_token_id is None:
@@ -102,7 +101,8 @@ def add_adapter(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrain
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: a field that ``LoraConfig`` does not have (the nearest one is named).
+        ValueError: a field that ``LoraConfig`` does not have (the nearest one is named), or a value that peft
+            refuses.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -113,7 +113,10 @@ def add_adapter(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrain
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"peft: LoraConfig has no field {name!r}, did you mean {near!r}?")
-    return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
+    try:
+        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"peft: {error}") from error
 
 
 def is_peft_model(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from .checkpoint import TRAINER_STATE_FILE, checkpoints
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 PLOT_FILE = "training.png"
 _BLUE, _ORANGE, _GREY = "#2a6fbb", "#d9772b", "#6b7280"
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,15 @@ PANELS = (
 
 
 class PlotCallback(TrainerCallback):
-    """Writes ``training.png`` into ``output_dir`` when training ends."""
+    """Writes ``training.png`` into ``output_dir`` when training ends; where it cannot, a warning says why."""
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        try:
             plot_history(state.log_history, Path(args.output_dir) / PLOT_FILE)
+        except Exception as error:  # the trained model is saved after this: no plot is worth it
+            logger.warning(f"plot_loss: no plot was written: {error}")
 
 
 def plot_run(run_dir: str | Path) -> Path:

@@ -88,6 +88,14 @@ def test_the_command_line_beats_the_file(write_config: Callable[..., Path]) -> N
     assert load_config(None, ["--beta", "0.2"]).beta == 0.2
 
 
+def test_an_unquoted_no_in_the_file_is_the_choice_no(write_config: Callable[..., Path]) -> None:
+    path = write_config()
+    path.write_text(path.read_text() + "\neval_strategy: no\ngreater_is_better: no\n")
+    config = load_config(path)
+    assert config.eval_strategy == "no"
+    assert config.greater_is_better is False
+
+
 def test_null_and_lists_in_the_file(write_config: Callable[..., Path]) -> None:
     config = load_config(write_config(max_length=None, report_to=[], label_names=["a", "b"]))
     assert config.max_length is None

@@ -76,10 +76,10 @@ def test_defaults(settings: Settings, tmp_path: Path) -> None:
         ({"margin": "gamma", "gamma_beta_ratio": 0.5, "simpo_gamma": 1.0}, "got both"),
         ({"gamma_beta_ratio": 0.5, "simpo_gamma": 1.0}, "gamma_beta_ratio, simpo_gamma: got both"),
         ({"simpo_gamma": -1.0}, "simpo_gamma: got -1.0"),
-        ({"margin": "gamma", "gamma_tau": 0.0}, "tau"),
-        ({"margin": "gamma", "gamma_scope": "epoch"}, "scope"),
-        ({"margin": "gamma", "gamma_solver": "newton"}, "solver"),
-        ({"margin": "gamma", "gamma_queue_size": 0}, "queue_size"),
+        ({"margin": "gamma", "gamma_tau": 0.0}, "^gamma_tau: got"),
+        ({"margin": "gamma", "gamma_scope": "epoch"}, "^gamma_scope: got"),
+        ({"margin": "gamma", "gamma_solver": "newton"}, "^gamma_solver: got"),
+        ({"margin": "gamma", "gamma_queue_size": 0}, "^gamma_queue_size: got"),
         ({"label_smoothing": 0.5}, "label_smoothing: got 0.5"),
         ({"label_smoothing": -0.1}, "label_smoothing: got -0.1"),
         ({"loss_type": "exo_pair"}, "label_smoothing: got 0, expected a number in"),
@@ -125,6 +125,15 @@ def test_reference_settings_without_a_reference_warn(settings: Settings) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         settings(loss_type="dpo", precompute_ref_log_probs=True)
+
+
+def test_settings_of_gamma_without_it_warn(settings: Settings) -> None:
+    with pytest.warns(UserWarning, match="gamma_tau, gamma_scope: no effect with margin 'fixed'"):
+        settings(loss_type="simpo", gamma_tau=1.0, gamma_scope="batch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings(loss_type="simpo", gamma_beta_ratio=0.3)  # of plain SimPO too
+        settings(loss_type="simpo", margin="gamma", gamma_tau=1.0)
 
 
 def test_gradient_checkpointing_is_understood_without_a_warning(settings: Settings) -> None:

@@ -102,6 +102,12 @@ def test_whole_job(job: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[
         train(job())
 
 
+def test_a_plot_that_cannot_be_made_does_not_cost_the_model(job: Settings, tmp_path: Path) -> None:
+    train(job(plot_loss=True, max_steps=1, logging_steps=5))  # over before anything is logged
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert not (tmp_path / "run" / PLOT_FILE).exists()
+
+
 def test_job_goes_on_where_it_stopped(job: Settings, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "save_strategy": "steps",

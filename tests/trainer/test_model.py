@@ -112,6 +112,10 @@ def test_tokenizer_pads_with_eos_and_takes_a_template(
     (tmp_path / "no tokenizer").mkdir()
     with pytest.raises(ValueError, match="tokenizer_name_or_path: no tokenizer could be loaded"):
         load_tokenizer(settings(tokenizer_name_or_path=str(tmp_path / "no tokenizer")))
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"^model_name_or_path: no tokenizer could be loaded"):
+        load_tokenizer(settings(model_name_or_path=str(checkpoint)))
 
 
 # ---- Refusals ----
@@ -216,6 +220,8 @@ def test_adapter_settings(model: Any) -> None:
     assert adapted.peft_config["default"].task_type == "CAUSAL_LM"
     with pytest.raises(ValueError, match="no field 'target_module', did you mean 'target_modules'"):
         add_adapter(model, {"target_module": "q_proj"})
+    with pytest.raises(ValueError, match=r"^peft: .*'nope'.* not found in the base model"):
+        add_adapter(adapted.unload(), {"target_modules": ["nope"]})
 
 
 def test_adapter_without_peft(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
