@@ -7,7 +7,6 @@ are in ``fastpo.kernels.margins_torch`` and ``fastpo.kernels.margins_triton``.
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from fastpo.kernels import margins_torch
 from fastpo.kernels.backends import choose_backend
+from fastpo.ops.checks import check_everything
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -64,7 +64,7 @@ def solve_margins(
         raise TypeError(f"steps: got {type(steps).__name__}, expected an integer ≥ 1")
     if steps < 1:
         raise ValueError(f"steps: got {steps}, expected an integer ≥ 1")
-    check = gaps.device.type == "cpu" or _check_everything()
+    check = gaps.device.type == "cpu" or check_everything()
     return _solve_margins(gaps.detach(), float(gamma0), float(tau), solver, steps, check)
 
 
@@ -191,7 +191,7 @@ class DynamicMargin(nn.Module):
         joined = torch.cat([known.double(), context.to(known.device)])
         joined = torch.where(torch.isfinite(joined).all(), joined, torch.nan)
         gamma = _solve_margins(
-            joined, float(gamma0), float(self.tau), self.solver, MIRROR_STEPS, _check_everything()
+            joined, float(gamma0), float(self.tau), self.solver, MIRROR_STEPS, check_everything()
         )
         if self.training:
             self.push(known)
@@ -280,7 +280,3 @@ def _check_arguments(gaps: Tensor, gamma0: float) -> None:
         raise ValueError(f"gaps: got shape {tuple(gaps.shape)}, expected (n,)")
     if not (math.isfinite(gamma0) and gamma0 >= 0):
         raise ValueError(f"gamma0: got {gamma0}, expected a finite number ≥ 0")
-
-
-def _check_everything() -> bool:
-    return os.environ.get("FASTPO_CHECK") == "1"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .margins_triton import launch_options, margin, solve, wide
 from .preference_epilogue_torch import EpilogueResult, PairLoss, check
-from .tile_configs import target
+from .tile_configs import unsupported
 
 MAX_PAIRS = 4096
 
@@ -39,8 +39,7 @@ def supported(token_logps: Tensor, pairs: int, extra_gaps: int = 0) -> str | Non
         return f"dtype {token_logps.dtype} is not float32"
     if pairs > MAX_PAIRS or extra_gaps > MAX_PAIRS:
         return f"{pairs} pairs and {extra_gaps} extra gaps are more than {MAX_PAIRS} of either"
-    chip = target(token_logps.device)
-    return chip if isinstance(chip, str) else None
+    return unsupported(token_logps.device)
 
 
 def preference_epilogue(

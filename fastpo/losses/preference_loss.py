@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fastpo.kernels.preference_epilogue_torch import PAIR_LOSSES, pair_loss
 from fastpo.margins import DynamicMargin
+from fastpo.ops.checks import check_everything
 from fastpo.ops.linear_logprobs import TokenStats, linear_logprobs
 from fastpo.ops.preference_epilogue import epilogue_backend, preference_epilogue
 from fastpo.ops.sequence_logprobs import sequence_sums
@@ -101,8 +103,8 @@ class PreferenceLoss(nn.Module):
                 f"{self.spec.name!r} without a dynamic margin"
             )
         self.sft_weight = self.spec.sft_weight if sft_weight is None else sft_weight
-        if not self.sft_weight >= 0:
-            raise ValueError(f"sft_weight: got {sft_weight}, expected a number ≥ 0")
+        if not 0 <= self.sft_weight < math.inf:
+            raise ValueError(f"sft_weight: got {sft_weight}, expected a finite number ≥ 0")
         self.margin = margin
         self.function = self.spec.bind(**options)
         self.ignore_index = ignore_index
@@ -143,7 +145,9 @@ class PreferenceLoss(nn.Module):
             bias: of the LM head.
             cu_seqlens: bounds of the 2B segments of a packed batch, segments 0…B−1 chosen.
             ref_logps: the reference's log-probs, summed per answer; or, not both,
-            ref_hidden, ref_weight, ref_bias: what computes them, without gradient and on the same labels.
+            ref_hidden, ref_weight, ref_bias: what computes them, without gradient, on the same labels and with
+                the same ``logit_scale``, ``softcap`` and ``temperature``; for a reference of another kind
+                give ``ref_logps``.
 
         Raises:
             TypeError, ValueError: dtypes, shapes or devices that do not fit; an odd number of rows; no
@@ -257,10 +261,13 @@ class PreferenceLoss(nn.Module):
         return self._score(pairs, torch.promote_types(token_logps.dtype, torch.float32))
 
     def _fits_one_launch(self, token_logps: Tensor, pairs: int) -> bool:
-        """Whether the Triton epilogue computes this loss; γ over several ranks needs their gaps in between."""
+        """Whether the Triton epilogue computes this loss.
+
+        γ over several ranks needs their gaps in between, and ``FASTPO_CHECK=1`` wants to see them.
+        """
         margin = self.margin
         solvable = margin is None or (
-            isinstance(margin, DynamicMargin) and margin.solver == "exact" and margin.ranks == 1
+            type(margin) is DynamicMargin and margin.solver == "exact" and margin.ranks == 1
         )
         extra = margin.sample_size if isinstance(margin, DynamicMargin) else 0
         backend = self.operation_options["backend"]
@@ -268,6 +275,7 @@ class PreferenceLoss(nn.Module):
             self.spec.name in PAIR_LOSSES
             and solvable
             and not self.sft_weight
+            and not check_everything()
             and epilogue_backend(token_logps, pairs, extra, backend) == "triton"
         )
 
@@ -365,8 +373,8 @@ def _mean_target(beta: float, gamma_beta_ratio: float | None, simpo_gamma: float
             "simpo_gamma = beta · gamma_beta_ratio"
         )
     for name, value in (("gamma_beta_ratio", gamma_beta_ratio), ("simpo_gamma", simpo_gamma)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"{name}: got {value}, expected a number ≥ 0")
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name}: got {value}, expected a finite number ≥ 0")
     if gamma_beta_ratio is not None:
         return beta * gamma_beta_ratio
     return DEFAULT_GAMMA0 if simpo_gamma is None else simpo_gamma

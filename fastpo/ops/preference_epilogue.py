@@ -15,6 +15,7 @@ from fastpo.kernels import preference_epilogue_torch as reference
 from fastpo.kernels.backends import choose_backend
 from fastpo.kernels.preference_epilogue_torch import EpilogueResult, PairLoss
 
+from .checks import check_boundaries
 from .differentiable_once import refuse_double_backward
 
 
@@ -48,6 +49,8 @@ def preference_epilogue(
     """
     sequences = token_logps.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     extra = 0 if extra_gaps is None else extra_gaps.numel()
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, token_logps.numel())
     results = _preference_epilogue(
         token_logps,
         labels,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_boundaries
+
 
 def sequence_logprobs(
     token_logps: Tensor,  # (B, T) or (N,)
@@ -26,6 +28,7 @@ def sequence_logprobs(
         (B,) in the dtype of ``token_logps``, summed in float64. A sequence without a labelled token gives 0.
 
     Raises:
+        TypeError: ``cu_seqlens`` is not an integer tensor.
         ValueError: shapes or devices that do not fit.
     """
     sums, counts = sequence_sums(
@@ -61,8 +64,7 @@ def sequence_sums(
     values = torch.where(kept, token_logps, 0.0).double()
     if cu_seqlens is None:
         return values.sum(dim=1), kept.sum(dim=1)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, expected (B + 1,)")
+    check_boundaries(cu_seqlens, values.numel())
     batch = cu_seqlens.numel() - 1
     position = torch.arange(values.numel(), device=values.device)
     segment = torch.bucketize(position, cu_seqlens[1:].to(position.dtype), right=True)

@@ -102,3 +102,20 @@ def test_labels_are_shifted_by_one() -> None:
     assert labels.tolist() == [[-100, 12, 13, -100], [21, 22, -100, -100]]
     with pytest.raises(ValueError, match="completion_mask: got shape"):
         fastpo.shift_labels(ids, completion[:1])
+
+
+@pytest.mark.parametrize("bounds", [[1, 3, 6], [0, 4, 3], [0, 3, 7], [3, 5, 2]])
+def test_bounds_that_are_none_are_named(bounds: list[int]) -> None:
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens: got \[.*expected bounds that rise from 0 to at most 6"
+    ):
+        fastpo.sequence_logprobs(
+            torch.zeros(6), torch.zeros(6, dtype=torch.int64), cu_seqlens=torch.tensor(bounds)
+        )
+
+
+def test_bounds_are_integers() -> None:
+    with pytest.raises(TypeError, match=r"cu_seqlens: got dtype torch\.float32"):
+        fastpo.sequence_logprobs(
+            torch.zeros(6), torch.zeros(6, dtype=torch.int64), cu_seqlens=torch.tensor([0.0, 6.0])
+        )
