@@ -8,7 +8,7 @@ import random
 import pytest
 
 SESSION_SEED = int(os.environ.get("FASTPO_SEED") or random.SystemRandom().randrange(2**31))
-os.environ["FASTPO_SEED"] = str(SESSION_SEED)  # for pytest-xdist's workers and tests in subprocesses
+os.environ["FASTPO_SEED"] = str(SESSION_SEED)  # workers and subprocesses use it too
 
 
 def pytest_report_header() -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +44,26 @@ def test_commands_run_in_order_on_the_yaml_as_written(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     assert list((tmp_path / "runs/gamma-simpo").glob("*.png"))
     assert (tmp_path / "runs/gamma-simpo/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_make_demo(tmp_path: Path) -> None:
+    """As a newcomer types it, in a copy of the makefile's directory, with this environment as its ``.venv``."""
+    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy2(ROOT / name, tmp_path)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (Path(sys.prefix) / ".installed").touch()  # nothing to install
+    done = subprocess.run(["make", "demo"], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    assert (run / "accuracy.png").is_file()
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert [r["seed"] for r in results] == [0, 1]
+    for result in results:
+        assert set(result["after"]) == {"DPO", "γ-DPO", "SimPO", "γ-SimPO"}
+        shown = [f"{100 * share:.1f}" for share in (result["before"], *result["after"].values())]
+        (line,) = re.findall(rf"^seed {result['seed']} .*$", done.stdout, re.M)
+        assert line.split()[2:] == shown
 
 
 def test_make_lines_are_targets() -> None:
