@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
 
@@ -76,9 +76,19 @@ def train(config: PreferenceConfig) -> PreferenceTrainer:
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     if eval_dataset is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
+        trainer.save_metrics("eval", _last_evaluation(trainer) or trainer.evaluate())
     trainer.save_state()
     return trainer
+
+
+def _last_evaluation(trainer: PreferenceTrainer) -> dict[str, Any]:
+    """Metrics of the model as it is, if training ended with an evaluation; else empty."""
+    if trainer.args.load_best_model_at_end:  # the model may be an earlier one
+        return {}
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if not evaluations or evaluations[-1]["step"] != trainer.state.global_step:
+        return {}
+    return {name: value for name, value in evaluations[-1].items() if name != "step"}
 
 
 def _write_account(trainer: PreferenceTrainer, output_dir: Path) -> None:

@@ -1,10 +1,11 @@
-"""Means of metrics over a window of micro-steps, gradient accumulation and ranks."""
+"""Means of metrics over a window of micro-steps, gradient accumulation and ranks, and when they are logged."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from accelerate.utils import gather_object
+from transformers import TrainerCallback
 
 
 class MetricWindow:
@@ -57,3 +58,11 @@ class MetricWindow:
     def _keep_extreme(self, name: str, value: float) -> None:
         pick = min if name.endswith("/min") else max
         self._extremes[name] = pick(value, self._extremes.get(name, value))
+
+
+class LogLastStep(TrainerCallback):
+    """Logs at the last step too, however few steps came after the last log line."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_training_stop and args.logging_strategy == "steps":
+            control.should_log = True

@@ -32,7 +32,7 @@ from .checkpoint import (
     save_run_state,
 )
 from .config import LOSS_FIELDS, PreferenceConfig, build_loss
-from .metrics import MetricWindow
+from .metrics import LogLastStep, MetricWindow
 from .model import disable_dropout, is_peft_model, router_coefficient
 from .plots import PlotCallback
 
@@ -138,7 +138,12 @@ class PreferenceTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*([PlotCallback()] if args.plot_loss else []), *(callbacks or [])],
+            # LogLastStep is the last: any of the others may end the training.
+            callbacks=[
+                *([PlotCallback()] if args.plot_loss else []),
+                *(callbacks or []),
+                LogLastStep(),
+            ],
             optimizers=optimizers,
         )
         if use_cache is not None:

@@ -103,9 +103,38 @@ def test_whole_job(job: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_plot_that_cannot_be_made_does_not_cost_the_model(job: Settings, tmp_path: Path) -> None:
-    train(job(plot_loss=True, max_steps=1, logging_steps=5))  # over before anything is logged
+    train(job(plot_loss=True, max_steps=1, logging_strategy="no"))  # nothing to plot
     assert (tmp_path / "run" / "model.safetensors").is_file()
     assert not (tmp_path / "run" / PLOT_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "runs"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 2}, 2),  # after steps 2 and 3
+        ({"eval_strategy": "no"}, 1),
+        (
+            {
+                "eval_strategy": "steps",
+                "eval_steps": 3,
+                "save_strategy": "steps",
+                "save_steps": 3,
+                "load_best_model_at_end": True,
+            },
+            2,
+        ),
+    ],
+    ids=["evaluated", "never", "best"],
+)
+def test_the_last_step_is_evaluated_once(
+    options: dict[str, Any], runs: int, job: Settings, tmp_path: Path
+) -> None:
+    config = job(eval_dataset=str(tmp_path / "eval.jsonl"), max_steps=3, **options)
+    history = train(config).state.log_history
+    evaluations = [e for e in history if "eval_loss" in e]
+    assert len(evaluations) == runs
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert results == {k: v for k, v in evaluations[-1].items() if k != "step"}
 
 
 def test_job_goes_on_where_it_stopped(job: Settings, tmp_path: Path) -> None:

@@ -168,6 +168,26 @@ def test_metrics_are_means_over_the_window_and_tokens_a_running_total(
     assert fine[-1]["num_tokens"] == coarse[-1]["num_tokens"] == tokens
 
 
+def test_steps_after_the_last_log_line_are_logged_at_the_end(
+    trainer: Callable[..., PreferenceTrainer],
+) -> None:
+    def lines(**settings: Any) -> list[dict[str, float]]:
+        run = trainer(**settings)
+        run.train()
+        return [e for e in run.state.log_history if "loss" in e]
+
+    fine = lines(max_steps=5)
+    for every, steps in ((2, [2, 4, 5]), (5, [5]), (10, [5])):
+        coarse = lines(max_steps=5, logging_steps=every)
+        assert [e["step"] for e in coarse] == steps
+        rest = fine[steps[-2] if len(steps) > 1 else 0 :]  # full batches of 4 pairs
+        mean = sum(e["rewards/margins"] for e in rest) / len(rest)
+        assert coarse[-1]["rewards/margins"] == pytest.approx(mean, rel=1e-9)
+        assert coarse[-1]["num_tokens"] == fine[-1]["num_tokens"]
+        assert {"grad_norm", "learning_rate"} <= set(coarse[-1])
+    assert lines(max_steps=1, logging_strategy="no") == []
+
+
 def test_gamma_extremes_are_those_of_the_window(
     trainer: Callable[..., PreferenceTrainer],
 ) -> None:
