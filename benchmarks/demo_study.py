@@ -166,7 +166,8 @@ def search_table(results: list[dict[str, Any]]) -> str:
 def _interval(values: list[float], sign: str = "") -> str:
     """Mean ± half the 95 % confidence interval, by Student's t."""
     half = T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):{sign}.1f} ± {half:.1f}"
+    mean = round(statistics.mean(values), 1) + 0.0  # never −0.0
+    return f"{mean:{sign}.1f} ± {half:.1f}".replace("-", "−")
 
 
 def _map(function: Callable[[Any], Any], jobs: list[Any], processes: int) -> Iterable[Any]:
