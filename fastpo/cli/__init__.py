@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import strftime
+from typing import Any
 
 from fastpo.version import __version__
 
@@ -28,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and arguments.command != "train":
         parser.error(f"unexpected arguments: {' '.join(rest)}")
     try:
-        return int(arguments.run(arguments, rest))
+        with warnings.catch_warnings():
+            warnings.showwarning = _warning_shower(arguments.command)
+            return int(arguments.run(arguments, rest))
     except Exception as error:
         if not _told_in_full(error):
             raise
@@ -36,6 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         lead = "\n" if stopped else ""
         print(f"{lead}fastpo {arguments.command}: error: {_one_line(error)}", file=sys.stderr)
         return 1 if stopped else 2
+
+
+def _warning_shower(command: str) -> Callable[..., None]:
+    """A ``warnings.showwarning`` that tells fastpo's own warnings in one line, on the main process alone."""
+    others = warnings.showwarning
+    package = str(Path(__file__).parents[1])
+
+    def show(message: Warning, category: type[Warning], filename: str, *rest: Any) -> None:
+        if category is not UserWarning or not filename.startswith(package):
+            others(message, category, filename, *rest)
+        elif os.environ.get("RANK", "0") == "0":
+            print(f"fastpo {command}: warning: {_one_line(message)}", file=sys.stderr)
+
+    return show
 
 
 def _told_in_full(error: Exception) -> bool:
@@ -53,7 +72,7 @@ def _told_in_full(error: Exception) -> bool:
     )
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | Warning) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

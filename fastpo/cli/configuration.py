@@ -26,7 +26,7 @@ _HEADER = """\
 usage: fastpo train --config FILE.yaml [--FIELD VALUE ...]
 
 Train a checkpoint on preference pairs. Every field below may stand in the YAML file and on the
-command line, which wins. Relative paths are relative to the current directory.
+command line, which wins; null unsets a field. Relative paths are relative to the current directory.
 On several devices: accelerate launch -m fastpo.cli train --config FILE.yaml ...
 
   --config FILE.yaml  settings, one `field: value` per line
@@ -39,18 +39,18 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Prefe
 
     Args:
         path: YAML file, a flat mapping of fields; None: the command line says it all.
-        overrides: ``["--field", "value", …]``, stronger than the file.
+        overrides: ``["--field", "value", …]``, stronger than the file; ``null`` unsets a field.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a YAML mapping; an unknown field (the nearest known one is named); a value of the wrong
+        ValueError: not a YAML mapping; an unknown field (one of a like name is told); a value of the wrong
             type or out of range.
     """
     parser = _field_parser()
     settings = argparse.Namespace()
     if path is not None:
         _take_values(parser, _read_yaml(Path(path)), settings, str(path))
-    _take_arguments(parser, overrides, settings, "command line")
+    _take_arguments(parser, _take_nulls(overrides, settings), settings, "command line")
     try:
         return PreferenceConfig(**vars(settings))
     except (TypeError, ValueError, ImportError) as error:
@@ -61,12 +61,27 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"--config: no file {str(path)!r}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _UniqueKeys(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got {_kind(values)}, expected a mapping of fields to values")
     return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, where PyYAML takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(f"{key.value}: got twice, in lines {lines[key.value]} and {line}")
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def _field_parser() -> HfArgumentParser:
@@ -101,6 +116,21 @@ def _take_values(
     _take_arguments(parser, scalars, settings, where)
 
 
+def _take_nulls(arguments: Sequence[str], settings: argparse.Namespace) -> list[str]:
+    """Unset every field that may be None and is given as ``null``; return the other arguments."""
+    others: list[str] = []
+    for argument in arguments:
+        if argument == "null" and others:
+            argument = f"{others.pop()}=null"
+        name = argument.removeprefix("--").removesuffix("=null").replace("-", "_")
+        may_be_none = name in _field_names() and _allows(_hints()[name], type(None))
+        if argument.endswith("=null") and may_be_none:
+            setattr(settings, name, None)
+        else:
+            others.append(argument)
+    return others
+
+
 def _take_arguments(
     parser: HfArgumentParser, arguments: Sequence[str], settings: argparse.Namespace, where: str
 ) -> None:
@@ -131,8 +161,8 @@ def _hints() -> dict[str, Any]:
 
 
 def _unknown(name: str) -> str:
-    nearest = difflib.get_close_matches(name, _field_names(), n=1, cutoff=0.0)[0]
-    return f"unknown field {name!r}, did you mean {nearest!r}?"
+    nearest = difflib.get_close_matches(name, _field_names(), n=1, cutoff=0.65)
+    return f"unknown field {name!r}" + "".join(f", did you mean {n!r}?" for n in nearest)
 
 
 def _allows(hint: Any, kind: type) -> bool:

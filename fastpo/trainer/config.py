@@ -206,6 +206,10 @@ class PreferenceConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # What is chosen for this machine; a saved configuration leaves the choice to the next one.
+        self._before_choice = {
+            name: getattr(self, name) for name in ("bf16", "dataloader_pin_memory")
+        }
         if self.bf16 is None:
             self.bf16 = (
                 not self.fp16
@@ -247,6 +251,14 @@ class PreferenceConfig(TrainingArguments):
                 f"max_prompt_length: got {self.max_prompt_length}, expected less than max_length "
                 f"({self.max_length}): no room is left for an answer"
             )
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}: got {value!r}, expected an integer ≥ 1")
         for name in ("model_init_kwargs", "loss_kwargs", "peft"):
             if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a mapping")
@@ -329,18 +341,23 @@ def build_loss(config: PreferenceConfig, group: ProcessGroup | None = None) -> P
         except (TypeError, ValueError) as error:  # names its own argument, not the field
             prefix = "" if str(error).startswith("seed:") else "gamma_"
             raise type(error)(f"{prefix}{error}") from error
-    return PreferenceLoss(
-        config.loss_type,
-        beta=config.beta,
-        gamma_beta_ratio=config.gamma_beta_ratio,
-        simpo_gamma=config.simpo_gamma,
-        label_smoothing=config.label_smoothing,
-        sft_weight=config.sft_weight,
-        margin=margin,
-        backward=config.backward,
-        group=group,
-        **options,
-    )
+    try:
+        return PreferenceLoss(
+            config.loss_type,
+            beta=config.beta,
+            gamma_beta_ratio=config.gamma_beta_ratio,
+            simpo_gamma=config.simpo_gamma,
+            label_smoothing=config.label_smoothing,
+            sft_weight=config.sft_weight,
+            margin=margin,
+            backward=config.backward,
+            group=group,
+            **options,
+        )
+    except (TypeError, ValueError) as error:
+        if options and (isinstance(error, TypeError) or str(error).split(":")[0] in options):
+            raise type(error)(f"loss_kwargs: {error}") from error
+        raise
 
 
 def _fields_table() -> str:
@@ -371,21 +388,20 @@ LOSS_FIELDS = (
 def save_config(config: PreferenceConfig, path: Path) -> None:
     """Write the settings of a run as YAML that ``fastpo train --config`` takes, without credentials.
 
-    Every field of fastpo's own is there, of ``TrainingArguments``' those that differ from their default.
+    Every field of fastpo's own is there, of ``TrainingArguments``' those that differ from their default. What
+    was unset and chosen for this machine (``bf16``, pinned memory) stays unset.
     """
     import transformers
 
     from fastpo.version import __version__
 
     own = PreferenceConfig.__annotations__
-    values = {
-        f.name: _plain(getattr(config, f.name))
-        for f in fields(config)
-        if f.init
-        and (f.name in own or _plain(getattr(config, f.name)) != _default(f))
-        and f.name not in _NOT_SAVED
-        and not _CREDENTIAL.search(f.name)
-    }
+    values = {}
+    for f in fields(config):
+        value = _plain(config._before_choice.get(f.name, getattr(config, f.name)))
+        hidden = not f.init or f.name in _NOT_SAVED or _CREDENTIAL.search(f.name)
+        if not hidden and (f.name in own or value != _default(f)):
+            values[f.name] = value
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     versions = (
         f"fastpo {__version__}, transformers {transformers.__version__}, torch {torch.__version__}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
+from transformers.utils import is_liger_kernel_available
 
 from fastpo.data import load_preferences
 
@@ -37,12 +38,19 @@ def train(config: PreferenceConfig) -> PreferenceTrainer:
 
     Raises:
         FileNotFoundError: a model or data path that does not exist.
+        ImportError: a package that the settings need is not installed.
         FloatingPointError: a loss that is not finite (see :meth:`PreferenceTrainer.train`).
         ValueError: settings, a model directory, a data set or an ``output_dir`` that cannot be used.
     """
     # What can go wrong is found before a large model is loaded.
     if not config.dataset:
         raise ValueError(f"dataset: got {config.dataset!r}, expected a file, directory or Hub name")
+    if config.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("use_liger_kernel: needs the package liger-kernel")
+    if config.use_liger_kernel and config.device.type == "cpu":
+        raise ValueError(
+            "use_liger_kernel: got True, expected False on a CPU: its kernels need a GPU"
+        )
     find_resume_point(Path(config.output_dir), config.resume_from_checkpoint)
     needs_reference = config.needs_reference
     for field in ("model_name_or_path", "ref_model_name_or_path"):

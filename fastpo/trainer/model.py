@@ -26,7 +26,7 @@ def load_model(config: PreferenceConfig, field: str = "model_name_or_path") -> P
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: no name, or a directory that is not a checkpoint.
+        ValueError: no name, a directory that is not a checkpoint, or a model that cannot be loaded so.
     """
     name = checked_name(config, field)
     further: Any = config.model_init_kwargs or {}
@@ -37,7 +37,12 @@ def load_model(config: PreferenceConfig, field: str = "model_name_or_path") -> P
     }
     if config.attn_implementation is not None:
         arguments["attn_implementation"] = config.attn_implementation
-    return AutoModelForCausalLM.from_pretrained(name, **arguments)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **arguments)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        attention = config.attn_implementation
+        options = f" with attn_implementation {attention!r}" if attention else ""
+        raise ValueError(f"{field}: {name} could not be loaded{options}: {error}") from error
 
 
 def load_tokenizer(config: PreferenceConfig) -> PreTrainedTokenizerBase:
@@ -101,7 +106,7 @@ def add_adapter(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrain
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: a field that ``LoraConfig`` does not have (the nearest one is named), or a value that peft
+        ValueError: a field that ``LoraConfig`` does not have (one of a like name is told), or a value that peft
             refuses.
     """
     try:
@@ -111,8 +116,9 @@ def add_adapter(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrain
     known = [f.name for f in dataclasses.fields(LoraConfig) if f.init]
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"peft: LoraConfig has no field {name!r}, did you mean {near!r}?")
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.65)
+            hint = "".join(f", did you mean {n!r}?" for n in near)
+            raise ValueError(f"peft: LoraConfig has no field {name!r}{hint}")
     try:
         return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
     except (TypeError, ValueError) as error:

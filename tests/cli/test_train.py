@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,33 @@ def test_the_command_line_beats_the_file(write_config: Callable[..., Path]) -> N
     assert load_config(None, ["--beta", "0.2"]).beta == 0.2
 
 
+def test_null_on_the_command_line_unsets_a_field(write_config: Callable[..., Path]) -> None:
+    path = write_config(peft={"r": 4}, eval_dataset="x", simpo_gamma=1.0)
+    nulls = ["--peft", "null", "--eval-dataset=null", "--max_length", "null", "--beta", "3"]
+    config = load_config(path, nulls)
+    assert (config.peft, config.eval_dataset, config.max_length) == (None, None, None)
+    assert (config.beta, config.simpo_gamma) == (3.0, 1.0)
+
+
+def test_a_warning_is_one_line_without_a_source_path(
+    write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    def only_load(config: object) -> None:
+        warnings.warn_explicit("theirs", UserWarning, "elsewhere.py", 1)
+
+    monkeypatch.setattr("fastpo.trainer.train", only_load)
+    path = str(write_config(margin="fixed", gamma_tau=3.0))
+    told = "fastpo train: warning: gamma_tau: no effect with margin 'fixed'"
+    for rank, times in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with warnings.catch_warnings(record=True) as others:
+            warnings.simplefilter("always")
+            assert main(["train", "--config", path]) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert len([line for line in lines if line.startswith(told)]) == len(lines) == times
+        assert [str(w.message) for w in others] == ["theirs"]
+
+
 def test_an_unquoted_no_in_the_file_is_the_choice_no(write_config: Callable[..., Path]) -> None:
     path = write_config()
     path.write_text(path.read_text() + "\neval_strategy: no\ngreater_is_better: no\n")
@@ -125,6 +153,12 @@ def test_null_and_lists_in_the_file(write_config: Callable[..., Path]) -> None:
         ({"lr_scheduler_type": "cosin"}, [], "lr_scheduler_type: invalid choice: 'cosin'"),
         ({"margin": "dynamic"}, [], "margin: got 'dynamic', expected one of fixed, gamma"),
         ({"loss_type": "simpoo"}, [], "simpoo"),
+        ({}, ["--group_by_length", "true"], "unknown field 'group_by_length'\n"),
+        ({}, ["--beta", "null"], "command line: beta: invalid float value: 'null'"),
+        ({"loss_kwargs": {"x": 1}}, [], "loss_kwargs: x: not an option of loss 'simpo'"),
+        ({"loss_kwargs": {"beta": 1}}, [], "loss_kwargs: "),
+        ({"per_device_train_batch_size": 0}, [], "per_device_train_batch_size: got 0"),
+        ({"use_liger_kernel": True}, [], "use_liger_kernel: "),
     ],
 )
 def test_a_mistake_in_the_settings_is_one_line_that_names_it(
@@ -148,6 +182,8 @@ def test_a_mistake_in_the_settings_is_one_line_that_names_it(
         ("- beta", "run.yaml: got a list, expected a mapping"),
         ("", "run.yaml: got null, expected a mapping"),
         ("3: 4", "run.yaml: unknown field '3'"),
+        ("beta: 1\nseed: 2\nbeta: 3\n", "run.yaml: beta: got twice, in lines 1 and 3"),
+        ("peft: {r: 1, r: 1}", "run.yaml: r: got twice, in lines 1 and 1"),
     ],
 )
 def test_a_file_that_is_no_mapping(
@@ -162,8 +198,9 @@ def test_a_file_that_is_no_mapping(
 
 
 def test_missing_paths_and_data_are_told_in_one_line(
-    write_config: Callable[..., Path], start: Path, tmp_path: Path, capsys
+    write_config: Callable[..., Path], start: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     bad = tmp_path / "bad.jsonl"
     lines = (start / "prefs.jsonl").read_text(encoding="utf-8").splitlines()
     bad.write_text("\n".join([*lines[:2], '{"prompt": "x", ']) + "\n", encoding="utf-8")
@@ -174,6 +211,9 @@ def test_missing_paths_and_data_are_told_in_one_line(
         ({"dataset": DROPPED}, "dataset: got None"),
         ({"model_name_or_path": str(tmp_path / "nowhere")}, "model_name_or_path"),
         ({"model_name_or_path": str(start)}, "is not a checkpoint"),
+        ({"loss_type": "dpo", "ref_model_name_or_path": "gone"}, "ref_model_name_or_path: gone"),
+        ({"attn_implementation": "nonsense"}, "with attn_implementation 'nonsense'"),
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation 'flash_attention_2'"),
         ({"dataset": str(bad)}, "bad.jsonl, line 3"),
         ({"dataset": str(lone)}, "rejected"),
     ):

@@ -90,6 +90,9 @@ def test_defaults(settings: Settings, tmp_path: Path) -> None:
         ({"backward": "fast"}, "backward: got 'fast', expected one of auto, exact"),
         ({"dtype": "float8"}, "dtype: got 'float8', expected one of auto"),
         ({"max_length": 0}, "max_length: got 0"),
+        ({"per_device_train_batch_size": 0}, "^per_device_train_batch_size: got 0"),
+        ({"per_device_eval_batch_size": 0}, "^per_device_eval_batch_size: got 0"),
+        ({"gradient_accumulation_steps": 0}, "^gradient_accumulation_steps: got 0"),
         (
             {"max_length": 64, "max_prompt_length": 64},
             "max_prompt_length: got 64, expected less than",
@@ -179,6 +182,17 @@ def test_resolved_settings_make_the_same_run_again(settings: Settings, tmp_path:
     assert {f.name for f in own_fields()} <= set(values)
     assert "per_device_train_batch_size" in values
     assert "adam_beta1" not in values  # as transformers has it
+
+
+def test_what_was_chosen_for_this_machine_is_not_saved(settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    save_config(settings(), path)
+    values = yaml.safe_load(path.read_text())
+    assert values["bf16"] is None
+    assert "dataloader_pin_memory" not in values
+    save_config(settings(bf16=False, dataloader_pin_memory=False), path)
+    values = yaml.safe_load(path.read_text())
+    assert (values["bf16"], values["dataloader_pin_memory"]) == (False, False)
 
 
 def test_resolved_settings_hold_no_credentials(settings: Settings, tmp_path: Path) -> None:
