@@ -37,6 +37,7 @@ lint: $(INSTALLED) ## ruff and mypy
 
 bench: $(INSTALLED) ## peak memory and time of the operation on this machine
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.timing
 
 audit: $(INSTALLED) ## compile every kernel configuration for sm_80, sm_90 and sm_100 and print its resources
 	$(BIN)/python -m fastpo.kernels.audit
