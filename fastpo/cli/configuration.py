@@ -22,6 +22,8 @@ from transformers import HfArgumentParser
 
 from fastpo.trainer import PreferenceConfig
 
+LIKELY_TYPO = 0.65  # similarity from which a field is taken to be the one that was meant
+
 _HEADER = """\
 usage: fastpo train --config FILE.yaml [--FIELD VALUE ...]
 
@@ -161,8 +163,10 @@ def _hints() -> dict[str, Any]:
 
 
 def _unknown(name: str) -> str:
-    nearest = difflib.get_close_matches(name, _field_names(), n=1, cutoff=0.65)
-    return f"unknown field {name!r}" + "".join(f", did you mean {n!r}?" for n in nearest)
+    (nearest,) = difflib.get_close_matches(name, _field_names(), n=1, cutoff=0.0)
+    if difflib.SequenceMatcher(None, nearest, name).ratio() < LIKELY_TYPO:
+        return f"unknown field {name!r}, the nearest known one is {nearest!r} (all: fastpo train --help)"
+    return f"unknown field {name!r}, did you mean {nearest!r}?"
 
 
 def _allows(hint: Any, kind: type) -> bool:

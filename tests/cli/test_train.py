@@ -153,7 +153,11 @@ def test_null_and_lists_in_the_file(write_config: Callable[..., Path]) -> None:
         ({"lr_scheduler_type": "cosin"}, [], "lr_scheduler_type: invalid choice: 'cosin'"),
         ({"margin": "dynamic"}, [], "margin: got 'dynamic', expected one of fixed, gamma"),
         ({"loss_type": "simpoo"}, [], "simpoo"),
-        ({}, ["--group_by_length", "true"], "unknown field 'group_by_length'\n"),
+        (
+            {},
+            ["--group_by_length", "true"],
+            "unknown field 'group_by_length', the nearest known one is 'max_prompt_length'",
+        ),
         ({}, ["--beta", "null"], "command line: beta: invalid float value: 'null'"),
         ({"loss_kwargs": {"x": 1}}, [], "loss_kwargs: x: not an option of loss 'simpo'"),
         ({"loss_kwargs": {"beta": 1}}, [], "loss_kwargs: "),
