@@ -34,10 +34,10 @@ def peak_extra_bytes(step: Callable[[], list[Tensor]]) -> int:
 def draw(
     n: int, vocab: int, width: int, tokens: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random hidden states, head and labels; ``tokens`` > n adds rows that carry no label."""
+    """Random hidden states, head (logits of deviation 3) and labels; ``tokens`` > n adds unlabelled rows."""
     tokens = tokens or n
     hidden = torch.randn(tokens, width, requires_grad=True)
-    weight = torch.randn(vocab, width, requires_grad=True)
+    weight = (torch.randn(vocab, width) * (3 / width**0.5)).requires_grad_()
     labels = torch.full((tokens,), -100)
     labels[torch.randperm(tokens)[:n]] = torch.randint(vocab, (n,))
     return hidden, weight, labels

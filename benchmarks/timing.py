@@ -36,9 +36,12 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peaked", action="store_true", help="logits of deviation 24 instead of 3")
     args = parser.parse_args()
     torch.manual_seed(0)
     hidden, weight, labels = draw(args.rows, args.vocab, args.width)
+    if args.peaked:
+        weight = (weight.detach() * 8).requires_grad_()
 
     def product() -> object:
         with torch.no_grad():

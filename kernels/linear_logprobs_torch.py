@@ -20,6 +20,11 @@ from .chunking import plan_tile, spans
 from .logit_transform import IDENTITY, LogitTransform
 from .precision import accumulation_dtype, full_precision
 
+# Exponents are cut off here: exp(−50) ≈ 2e-22 vanishes in a float32 sum of a million terms beside exp(0), while
+# smaller results, and their products with coefficients, would be subnormal numbers, which a CPU computes with
+# many times more slowly. The bound also keeps 0·(−inf) of a −inf bias out of the entropy.
+LEAST_EXPONENT = {torch.float32: -50.0, torch.float64: -600.0}
+
 
 class ForwardResult(NamedTuple):
     """What the forward leaves for every kept row; the last three are None unless statistics were asked for."""
@@ -92,13 +97,12 @@ def forward(
                     argmax[r] = torch.where(newer, tile_argmax + v.start, argmax[r])
                 old_peak = peak[r]
                 new_peak = torch.maximum(old_peak, tile_peak)
-                shifted = z.sub_(new_peak.unsqueeze(1))
+                shifted = z.sub_(new_peak.unsqueeze(1)).clamp_(min=LEAST_EXPONENT[dtype])
                 decay = torch.exp(old_peak - new_peak)
                 if moment is None:
                     weights = shifted.exp_()
                 else:
-                    # exp(−1000) is 0 in every dtype; the bound keeps 0·(−inf) of a −inf bias out of the sum.
-                    weights = shifted.clamp_(min=-1000.0).exp()
+                    weights = shifted.exp()
                     carried = moment[r] + total[r] * (old_peak - new_peak)
                     moment[r] = decay * carried + _row_dot(weights, shifted)
                 total[r] = decay * total[r] + weights.sum(dim=1)
@@ -159,7 +163,12 @@ def backward(
     ) -> None:
         z = _logit_tile(h, w, b, transform)
         slope = transform.derivative(z)
-        dz = z.sub_(lse[r].unsqueeze(1)).exp_().mul_(grad[r].neg().unsqueeze(1))
+        dz = (
+            z.sub_(lse[r].unsqueeze(1))
+            .clamp_(min=LEAST_EXPONENT[dtype])
+            .exp_()
+            .mul_(grad[r].neg().unsqueeze(1))
+        )
         _add_at_labels(dz, labels[r], v.start, grad[r])
         if isinstance(slope, Tensor) or slope != 1.0:
             dz.mul_(slope)
