@@ -24,7 +24,7 @@ GROUP_ROWS = (
 
 
 class TileConfig(NamedTuple):
-    """Shape of one program's work in a matrix kernel."""
+    """Shape of one program's work in a matrix kernel; powers of two."""
 
     rows: int
     cols: int
@@ -60,7 +60,7 @@ _TABLE: dict[tuple[str, str, str], TileConfig] = {
     ("softcap", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
     ("softcap", "sm_90", "half"): TileConfig(128, 128, 64, 8, 4),
     ("softcap", "sm_90", "float32"): TileConfig(64, 64, 32, 4, 3),
-    ("softcap", "sm_100", "half"): TileConfig(128, 128, 64, 8, 3),
+    ("softcap", "sm_100", "half"): TileConfig(128, 64, 64, 8, 3),
     ("softcap", "sm_100", "float32"): TileConfig(64, 64, 32, 4, 3),
     ("matmul", "sm_80", "half"): TileConfig(128, 256, 32, 8, 4),
     ("matmul", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
@@ -69,11 +69,11 @@ _TABLE: dict[tuple[str, str, str], TileConfig] = {
     ("matmul", "sm_100", "half"): TileConfig(128, 256, 64, 8, 4),
     ("matmul", "sm_100", "float32"): TileConfig(64, 128, 32, 8, 3),
     ("unaligned", "sm_80", "half"): TileConfig(64, 64, 32, 4, 3),
-    ("unaligned", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("unaligned", "sm_80", "float32"): TileConfig(64, 64, 16, 8, 3),
     ("unaligned", "sm_90", "half"): TileConfig(64, 64, 32, 4, 3),
     ("unaligned", "sm_90", "float32"): TileConfig(64, 64, 32, 8, 3),
-    ("unaligned", "sm_100", "half"): TileConfig(64, 64, 32, 4, 3),
-    ("unaligned", "sm_100", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("unaligned", "sm_100", "half"): TileConfig(64, 64, 32, 8, 3),
+    ("unaligned", "sm_100", "float32"): TileConfig(64, 64, 32, 8, 3),
 }
 
 _pretended: ContextVar[Target | None] = ContextVar("pretended", default=None)
