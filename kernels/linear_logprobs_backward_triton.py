@@ -39,19 +39,20 @@ from .logits_triton import (
 )
 from .matmul_triton import matmul
 from .precision_triton import round_to
-from .tile_configs import GROUP_ROWS, Target, TileConfig, tile_config
+from .tile_configs import GROUP_ROWS, Target, tile_config
 
 PEAK_EXPONENT = 14
 
 
-@triton.jit(do_not_specialize=["n", "V", "first_col"])
+@triton.jit(do_not_specialize=["n", "V", "first_col", "row_blocks", "col_blocks"])
 def _dlogits_kernel(
     hidden, weight, bias, labels, row_index, lse, grad, scale, dz,
-    n, V, H, first_col, hidden_row, hidden_col, weight_row, weight_col, inner, outer, factor, dz_row,
+    n, V, H, first_col, row_blocks, col_blocks,
+    hidden_row, hidden_col, weight_row, weight_col, inner, outer, factor, dz_row,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, GATHER: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row_block, col_block = place(tl.program_id(0), tl.cdiv(n, ROWS), tl.cdiv(V, COLS), GROUP)
+    row_block, col_block = place(tl.program_id(0), row_blocks, col_blocks, GROUP)
     rows = row_block * ROWS + tl.arange(0, ROWS)
     cols = col_block * COLS + tl.arange(0, COLS)
     hidden_rows = source_rows(row_index, rows, n, GATHER)
@@ -110,10 +111,14 @@ def launch_backward(
     use = "logits" if transform.softcap is None else "softcap"
     config = tile_config(use, target, hidden, weight)
     matmul_config = tile_config("matmul", target, hidden, weight)
-    slices = plan_slices(n, vocab, config, hidden.dtype, budget)
-    # The first slice is the largest; it is padded to whole tiles, which the kernel fills with zeros.
-    shape = [_padded(s.stop - s.start, step) for s, step in zip(slices[0], config[:2], strict=True)]
-    workspace = torch.empty(shape, dtype=hidden.dtype, device=device)
+    # Whole tiles both of the kernel that writes dz and of the products that read it, dz lying either way.
+    step = max(matmul_config.rows, matmul_config.depth)
+    steps = max(config.rows, step), max(config.cols, step)
+    slices = plan_slices(n, vocab, steps, hidden.dtype, budget)
+    shape = [_padded(s.stop - s.start, step) for s, step in zip(slices[0], steps, strict=True)]
+    workspace = torch.empty(
+        shape, dtype=hidden.dtype, device=device
+    )  # the first slice is the largest
     # Where one slice is all, nothing has to be summed.
     sum_hidden = sum_weight = None
     if len(slices) > 1 and n <= vocab and d_hidden is not None:
@@ -149,10 +154,12 @@ def launch_backward(
         slice_rows = None if rows is None else rows[r]
         slice_hidden = hidden[r] if rows is None else hidden
         dz = workspace[: r.stop - r.start, : c.stop - c.start]
-        _dlogits_kernel[(triton.cdiv(dz.shape[0], config.rows) * triton.cdiv(dz.shape[1], config.cols),)](
+        row_blocks = _padded(dz.shape[0], steps[0]) // config.rows
+        col_blocks = _padded(dz.shape[1], steps[1]) // config.cols
+        _dlogits_kernel[(row_blocks * col_blocks,)](
             slice_hidden, weight[c], None if bias is None else bias[c], labels[r], slice_rows, lse[r], grad[r],
-            scale, dz, *dz.shape, width, c.start, *hidden.stride(), *weight.stride(),
-            inner, outer, transform.linear_factor, dz.stride(0),
+            scale, dz, *dz.shape, width, c.start, row_blocks, col_blocks,
+            *hidden.stride(), *weight.stride(), inner, outer, transform.linear_factor, dz.stride(0),
             HAS_BIAS=bias is not None, SOFTCAP=transform.softcap is not None, GATHER=rows is not None,
             ROWS=config.rows, COLS=config.cols, DEPTH=config.depth, GROUP=GROUP_ROWS,
             num_warps=config.warps, num_stages=config.stages,
@@ -171,18 +178,19 @@ def launch_backward(
 
 
 def plan_slices(
-    n: int, vocab: int, config: TileConfig, dtype: torch.dtype, budget: int
+    n: int, vocab: int, steps: tuple[int, int], dtype: torch.dtype, budget: int
 ) -> list[tuple[slice, slice]]:
     """Slices (rows, columns) of the n×V logits, cut along the larger side into equal parts that fit ``budget``.
 
-    A part holds at least one tile across the cut, so a tiny budget can be exceeded by that much.
+    A part is cut at multiples of ``steps`` (rows, columns) and is at least one step long, so a tiny budget can
+    be exceeded by that much.
     """
     across, other, step = (
-        (vocab, _padded(n, config.rows), config.cols)
+        (vocab, _padded(n, steps[0]), steps[1])
         if n <= vocab
-        else (n, _padded(vocab, config.cols), config.rows)
+        else (n, _padded(vocab, steps[1]), steps[0])
     )
-    most = max(1, budget // (other * dtype.itemsize * step))  # tiles across a part
+    most = max(1, budget // (other * dtype.itemsize * step))  # steps in a part
     parts = triton.cdiv(triton.cdiv(across, step), most)
     length = triton.cdiv(triton.cdiv(across, parts), step) * step
     if n <= vocab:

@@ -205,12 +205,21 @@ def test_gradients_equal_float64(
 
 def test_small_budget_means_several_slices() -> None:
     """What the test above relies on: first, middle and last slice differ in what they read and write."""
-    config = tile_configs.tile_config(
-        "logits", tile_configs.target(torch.device("cpu")), torch.zeros(1, 1)
-    )
     for n, vocab in ((17, 67), (67, 17)):
         for dtype in DTYPES:
-            assert len(backward_launcher.plan_slices(n, vocab, config, dtype, 2048)) >= 3
+            assert len(backward_launcher.plan_slices(n, vocab, (16, 32), dtype, 2048)) >= 3
+
+
+@pytest.mark.parametrize("tiles", [((16, 16, 16), (64, 32, 32)), ((64, 32, 16), (16, 16, 32))])
+@pytest.mark.parametrize("tall", [False, True], ids=["vocabulary cut", "rows cut"])
+def test_logits_and_products_may_have_different_tiles(
+    seed: int, tiles: tuple, tall: bool, monkeypatch
+) -> None:
+    logits, product = (tile_configs.TileConfig(*tile, 1, 1) for tile in tiles)
+    choose = {"logits": logits, "matmul": product}
+    monkeypatch.setattr(backward_launcher, "tile_config", lambda use, *_: choose[use])
+    p = make_problem(seed, FLOAT32, more_rows_than_columns=tall)
+    check_gradients(p, p.backward(p.forward(False).lse, budget=2048), reference(p))
 
 
 @pytest.mark.parametrize("need", ["hidden", "weight", "bias"])
