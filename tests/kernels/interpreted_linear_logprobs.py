@@ -218,6 +218,20 @@ def test_logits_and_products_may_have_different_tiles(
     logits, product = (tile_configs.TileConfig(*tile, 1, 1) for tile in tiles)
     choose = {"logits": logits, "matmul": product}
     monkeypatch.setattr(backward_launcher, "tile_config", lambda use, *_: choose[use])
+    real = backward_launcher.matmul
+
+    def checked(a: torch.Tensor, *args, **options) -> None:
+        """The products read ``a`` in whole tiles: past its end there must be zeros."""
+        whole = a._base if a.stride() == a._base.stride() else a._base.t()
+        m = math.ceil(a.shape[0] / product.rows) * product.rows
+        k = math.ceil(a.shape[1] / product.depth) * product.depth
+        read = whole[:m, :k].clone()
+        assert read.shape == (m, k)
+        read[: a.shape[0], : a.shape[1]] = 0.0
+        assert not read.any()
+        real(a, *args, **options)
+
+    monkeypatch.setattr(backward_launcher, "matmul", checked)
     p = make_problem(seed, FLOAT32, more_rows_than_columns=tall)
     check_gradients(p, p.backward(p.forward(False).lse, budget=2048), reference(p))
 
