@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench audit clean
+.PHONY: help setup demo test test-all lint bench bench-suites audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -35,9 +35,12 @@ lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## peak memory and time of the operation on this machine
-	$(BIN)/python -m benchmarks.memory
-	$(BIN)/python -m benchmarks.timing
+bench: $(INSTALLED) ## time, memory and accuracy beside the other libraries, at most 10 minutes, and a report
+	$(BIN)/fastpo bench --out runs/bench.json
+	$(BIN)/fastpo bench --report runs/bench.json
+
+bench-suites: $(INSTALLED) ## the pytest-benchmark suites: time of single operations on small shapes
+	$(BIN)/python -m pytest benchmarks/suites -m bench
 
 audit: $(INSTALLED) ## compile every kernel configuration for sm_80, sm_90 and sm_100 and print its resources
 	$(BIN)/python -m fastpo.kernels.audit

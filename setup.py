@@ -1,7 +1,9 @@
 """Packaging of fastpo.
 
-``kernels/`` at the top level is installed as ``fastpo.kernels``: in the tree through the committed link
-``fastpo/kernels -> ../kernels``, in a wheel as the one copy that setuptools finds behind that link.
+``kernels/`` and ``benchmarks/`` at the top level are installed as ``fastpo.kernels`` and ``fastpo.benchmarks``:
+in the tree through the committed links ``fastpo/kernels -> ../kernels`` and ``fastpo/benchmarks ->
+../benchmarks``, in a wheel as the one copy that setuptools finds behind each link. Results and pytest suites
+stay in the tree.
 """
 
 import re
@@ -25,6 +27,7 @@ EXTRAS = {
         "trl>=1.16",
     ],
     "dev": [
+        "cut-cross-entropy>=25.1",
         "hypothesis>=6.100",
         "liger-kernel>=0.8.5",
         "mypy>=1.15",
@@ -48,7 +51,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_namespace_packages(include=["fastpo", "fastpo.*"]),
+    packages=find_namespace_packages(
+        include=["fastpo", "fastpo.*"],
+        exclude=["fastpo.benchmarks.results", "fastpo.benchmarks.suites"],
+    ),
     package_data={"fastpo": ["py.typed"]},
     install_requires=[
         "torch>=2.10",

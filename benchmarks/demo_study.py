@@ -31,7 +31,7 @@ import fastpo
 from fastpo.demo import run as demo
 from fastpo.demo.plot import plot_accuracies
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 SEARCH_FILE = ROOT / "benchmarks/results/demo_search.json"
 STUDY_FILE = ROOT / "benchmarks/results/demo_study.json"
 PAGE, PLOT = ROOT / "docs/demo.md", ROOT / "docs/demo_study.png"
@@ -124,9 +124,8 @@ def report() -> None:
         ("search", search_table(_load(SEARCH_FILE)["results"])),
     ):
         block = f"<!-- {name} -->\n{table}\n<!-- end {name} -->"
-        text, count = re.subn(
-            rf"<!-- {name} -->.*?<!-- end {name} -->", lambda _, b=block: b, text, flags=re.S
-        )
+        block = block.replace("\\", r"\\")  # re.sub reads backslashes
+        text, count = re.subn(rf"<!-- {name} -->.*?<!-- end {name} -->", block, text, flags=re.S)
         if count != 1:
             raise ValueError(f"{PAGE}: expected one block {name!r}, found {count}")
     PAGE.write_text(text, encoding="utf-8")

@@ -7,7 +7,8 @@ reads registers, stack, shared memory and instructions off the binary with the `
 
     python -m fastpo.kernels.audit [--out FILE.md] [--chip sm_90] [--match TEXT] [--gate] [--jobs N]
 
-Exit status 1 if any kernel spills, does not fit, lacks tensor-core instructions or rounds float32 to tf32.
+Exit status 1 if any kernel spills, does not fit, lacks tensor-core instructions, rounds float32 to tf32, or
+multiplies matrices without the copy engine (TMA) where a case demands it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ from triton.backends.compiler import GPUTarget
 from .tile_configs import CHIPS, INTERPRETED, pretend
 
 # Each has ``audit_cases() -> Iterator[AuditCase]``.
-MODULES = ("linear_logprobs_audit", "preference_epilogue_audit")
+MODULES = (
+    "linear_logprobs_audit",
+    "certified_forward_audit",
+    "certified_backward_audit",
+    "preference_epilogue_audit",
+)
 OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of Triton's, those that launchers set
 # Dynamic shared memory that one block may have, bytes. sm_80's tiles also serve sm_86, sm_89 and sm_120, which
 # have the least.
@@ -43,6 +49,8 @@ SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 TENSOR_MEMORY_LIMIT = 512  # columns, sm_100
 # What a matrix product must be made of, as SASS instructions.
 TENSOR_CORE = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA"}
+BULK_COPY = r"\bUTMALDG"  # TMA: a bulk tensor copy into shared memory
+BULK_COPY_CHIPS = ("sm_90", "sm_100")
 
 
 class AuditCase(NamedTuple):
@@ -51,6 +59,7 @@ class AuditCase(NamedTuple):
     name: str
     gate: bool  # part of every test run, not only of the full audit
     launch: Callable[[], object]  # with CPU tensors; no kernel runs
+    bulk: bool = False  # its products must fetch their operands by bulk copies, where there are any
 
 
 @dataclass(frozen=True)
@@ -64,19 +73,23 @@ class Launch:
     constants: tuple[tuple[tuple[int, ...], Any], ...]
     attributes: str  # JSON, as a dict cannot be hashed
     options: tuple[tuple[str, int], ...]
+    bulk: bool  # bulk copies are demanded
 
     @property
     def description(self) -> str:
         """Pointer types, constants and options in one line."""
         names = [name for name, _ in self.signature]
-        types = dict.fromkeys(kind for _, kind in self.signature if kind.startswith("*"))
+        types = dict.fromkeys(
+            kind for _, kind in self.signature if kind.startswith(("*", "tensordesc"))
+        )
         constants = [
             f"{names[path[0]]}={int(value) if isinstance(value, bool) else value}"
             for path, value in self.constants
             if value is not None and names[path[0]].isupper()
         ]
-        aligned = f"{len(json.loads(self.attributes))} args divisible by 16"
-        return " ".join([*types, *constants, *(f"{k}={v}" for k, v in self.options), aligned])
+        aligned = sum(bool(kinds) for _, kinds in json.loads(self.attributes))
+        options = [f"{k}={v}" for k, v in self.options]
+        return " ".join([*types, *constants, *options, f"{aligned} args divisible by 16"])
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,7 @@ class Report:
     tensor_memory_columns: int
     dots: int  # matrix products in the source
     tensor_core_instructions: int
+    bulk_copies: int  # instructions
     tf32_dots: int  # float32 products that would be rounded to tf32
 
     def problems(self) -> list[str]:
@@ -107,6 +121,8 @@ class Report:
             found.append(f"{self.tensor_memory_columns} columns of tensor memory")
         if self.dots and not self.tensor_core_instructions:
             found.append(f"no instruction matches {TENSOR_CORE[chip]}")
+        if self.dots and self.launch.bulk and not self.bulk_copies:
+            found.append(f"no instruction matches {BULK_COPY}")
         if self.tf32_dots:
             found.append(f"{self.tf32_dots} float32 products in plain tf32")
         return found
@@ -123,13 +139,13 @@ def record(
     """Every kernel that ``cases`` would launch on ``chip``, and the names of the cases that do."""
     launches = {} if known is None else known
     for case in cases:
-        with pretend(chip), _recording(chip, case.name, launches):
+        with pretend(chip), _recording(chip, case, launches):
             case.launch()
     return launches
 
 
 @contextmanager
-def _recording(chip: str, name: str, launches: dict[Launch, list[str]]) -> Iterator[None]:
+def _recording(chip: str, case: AuditCase, launches: dict[Launch, list[str]]) -> Iterator[None]:
     if INTERPRETED:
         raise RuntimeError("the audit compiles kernels: start it without TRITON_INTERPRET=1")
 
@@ -143,10 +159,11 @@ def _recording(chip: str, name: str, launches: dict[Launch, list[str]]) -> Itera
             constants=tuple(compile["constants"].items()),
             attributes=json.dumps([[list(k), v] for k, v in compile["configs"][0].items()]),
             options=tuple((key, options[key]) for key in OPTIONS if options[key] is not None),
+            bulk=case.bulk and chip in BULK_COPY_CHIPS,
         )
         names = launches.setdefault(launch, [])
-        if name not in names:
-            names.append(name)
+        if case.name not in names:
+            names.append(case.name)
         return True  # do not compile, do not launch
 
     runtime, hook = triton.knobs.runtime, triton.knobs.runtime.jit_cache_hook
@@ -204,6 +221,7 @@ def inspect(launch: Launch, cases: Iterable[str] = ()) -> Report:
         tensor_memory_columns=getattr(kernel.metadata, "tmem_size", 0) or 0,
         dots=len(products),
         tensor_core_instructions=len(re.findall(TENSOR_CORE[launch.chip], code)),
+        bulk_copies=len(re.findall(BULK_COPY, code)),
         tf32_dots=sum(_rounds_to_tf32(product) for product in products),
     )
 
@@ -247,14 +265,14 @@ def table(reports: Iterable[Report]) -> str:
     """The reports as a Markdown table, worst register use first within kernel and chip."""
     lines = [
         "| kernel | chip | registers | stack | local ld/st | shared bytes | tensor memory | tensor-core instr. "
-        "| configuration | problems |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| bulk copies | configuration | problems |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in sorted(reports, key=lambda r: (r.launch.kernel, r.launch.chip, -r.registers)):
         cells = (
             r.launch.kernel.rpartition(".")[2], r.launch.chip, r.registers, r.stack_bytes, r.local_instructions,
             r.shared_bytes, r.tensor_memory_columns, r.tensor_core_instructions if r.dots else "–",
-            r.launch.description, "; ".join(r.problems()) or "none",
+            r.bulk_copies if r.dots else "–", r.launch.description, "; ".join(r.problems()) or "none",
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"

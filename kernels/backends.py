@@ -45,13 +45,16 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     return "torch"
 
 
-def linear_logprobs_module(hidden: Tensor, weight: Tensor, backend: str) -> ModuleType:
+def linear_logprobs_module(
+    hidden: Tensor, weight: Tensor, backend: str, certified: bool = False
+) -> ModuleType:
     """The module whose ``forward`` and ``backward`` compute token log-probs for ``hidden`` and ``weight``.
 
     ``"auto"`` takes PyTorch on devices that the Triton kernels do not support; ``"triton"`` is an error there.
     """
+    family = "certified" if certified else "linear_logprobs"
     name = choose_backend(backend, hidden.device, hidden.dtype)
-    module = importlib.import_module(f".linear_logprobs_{name}", __package__)
+    module = importlib.import_module(f".{family}_{name}", __package__)
     if backend == "auto" and name == "triton" and module.supported(hidden, weight) is not None:
-        return importlib.import_module(".linear_logprobs_torch", __package__)
+        return importlib.import_module(f".{family}_torch", __package__)
     return module

@@ -54,6 +54,42 @@ def plan_tile(n: int, vocab: int, width: int, device: torch.device, dtype: torch
     return Tile(rows, cols)
 
 
+class CertifiedForwardPlan(NamedTuple):
+    """How the certified forward walks its rows."""
+
+    chunk_rows: int  # whose logits over the whole vocabulary are held
+    tile_rows: int  # that a pass takes at a time, so that they stay in the cache
+    window_rows: int  # that are sorted together: whole blocks, whose bit masks are held
+
+
+class CertifiedPlan(NamedTuple):
+    """How the certified backward walks blocks and columns."""
+
+    gather_cols: int  # columns of a block gathered at a time
+    slice_cols: int  # columns whose wide dW is held, where it cannot be summed up in place
+    dense_rows: int  # rows that take all columns, at a time
+
+
+def plan_certified_forward(
+    n: int, vocab: int, width: int, height: int, device: torch.device, dtype: torch.dtype
+) -> CertifiedForwardPlan:
+    """Six eighths of the budget for a chunk and its hidden rows, half of one for a tile, one for a window."""
+    eighth = budget_bytes(device) // 8
+    row = vocab * dtype.itemsize
+    chunk = max(1, 6 * eighth // (row + width * dtype.itemsize))
+    chunk = max(1, -(-n // max(1, -(-n // chunk))))  # equal chunks: a short one multiplies slowly
+    tile = max(1, min(chunk, eighth // 2 // row))
+    window = max(1, eighth // (-(-vocab // 32) * 4 * height)) * height
+    return CertifiedForwardPlan(chunk, tile, max(1, min(n, window)))
+
+
+def plan_certified_backward(width: int, device: torch.device, dtype: torch.dtype) -> CertifiedPlan:
+    """An eighth of the budget each for gathered rows of W, of dW and dense rows; half for a slice of dW."""
+    eighth = budget_bytes(device) // 8
+    rows = max(1, eighth // (width * dtype.itemsize))
+    return CertifiedPlan(rows, max(1, 4 * rows // 32) * 32, rows)
+
+
 def spans(length: int, step: int) -> Iterator[slice]:
     """Consecutive slices that cover range(length) in steps of ``step``."""
     for start in range(0, length, step):

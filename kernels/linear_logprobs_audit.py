@@ -32,7 +32,9 @@ def audit_cases() -> Iterator[AuditCase]:
             )
             in_gate = wide and layout == "aligned" and extreme
             in_gate &= dtype == torch.bfloat16 or (dtype == torch.float32 and on["cut"])
-            yield AuditCase(name, in_gate, partial(_call, dtype, layout, wide, **on))
+            yield AuditCase(
+                name, in_gate, partial(_call, dtype, layout, wide, **on), bulk=layout == "aligned"
+            )
 
 
 def _call(
@@ -47,12 +49,12 @@ def _call(
 ) -> None:
     """Forward and backward; with ``cut`` in slices whose products are summed."""
     (n, vocab), width = (64, 2048) if wide else (2048, 64), 65 if layout == "odd" else 64
-    weight = _matrix(vocab, width, dtype, layout)
-    hidden = _matrix(2 * n if gather else n, width, dtype, layout)
-    labels = _vector(torch.zeros(n + 1, dtype=torch.int64), layout)
-    per_row = _vector(torch.zeros(n + 1), layout)
-    rows = _vector(torch.zeros(n + 1, dtype=torch.int64), layout) if gather else None
-    bias_values = _vector(torch.zeros(vocab + 1, dtype=dtype), layout) if bias else None
+    weight = matrix(vocab, width, dtype, layout)
+    hidden = matrix(2 * n if gather else n, width, dtype, layout)
+    labels = vector(torch.zeros(n + 1, dtype=torch.int64), layout)
+    per_row = vector(torch.zeros(n + 1), layout)
+    rows = vector(torch.zeros(n + 1, dtype=torch.int64), layout) if gather else None
+    bias_values = vector(torch.zeros(vocab + 1, dtype=dtype), layout) if bias else None
     transform = LogitTransform(softcap=30.0 if softcap else None)
     forward(hidden, weight, bias_values, labels, rows, transform, stats)
     launch_backward(
@@ -61,12 +63,12 @@ def _call(
     )  # fmt: skip
 
 
-def _matrix(rows: int, cols: int, dtype: torch.dtype, layout: str) -> Tensor:
+def matrix(rows: int, cols: int, dtype: torch.dtype, layout: str) -> Tensor:
     """(rows, cols): 16-byte aligned; at an odd address; or with its columns far apart."""
     if layout == "strided":
         return torch.zeros(cols, rows + 1, dtype=dtype).t()[:rows]
-    return _vector(torch.zeros(rows * cols + 1, dtype=dtype), layout).view(rows, cols)
+    return vector(torch.zeros(rows * cols + 1, dtype=dtype), layout).view(rows, cols)
 
 
-def _vector(one_too_many: Tensor, layout: str) -> Tensor:
+def vector(one_too_many: Tensor, layout: str) -> Tensor:
     return one_too_many[1:] if layout == "odd" else one_too_many[:-1]

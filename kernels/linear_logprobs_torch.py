@@ -80,12 +80,12 @@ def forward(
 
     with full_precision(hidden.device):
         for v in spans(vocab, tile.cols):
-            w, b = _vocabulary_slice(weight, bias, v, dtype)
+            w, b = vocabulary_slice(weight, bias, v, dtype)
             if weight_sum is not None:
                 weight_sum += w.sum(dim=0)
             for r in spans(n, tile.rows):
-                z = _logit_tile(_row_block(hidden, rows, r, dtype), w, b, transform)
-                _pick_labels(z, labels[r], v.start, label_logit[r])
+                z = logit_tile(row_block(hidden, rows, r, dtype), w, b, transform)
+                _pick_labels(z, labels[r], v, label_logit[r])
                 if logit_sum is not None:
                     logit_sum[r] += z.sum(dim=1)
                 if argmax is None:
@@ -104,12 +104,12 @@ def forward(
                 else:
                     weights = shifted.exp()
                     carried = moment[r] + total[r] * (old_peak - new_peak)
-                    moment[r] = decay * carried + _row_dot(weights, shifted)
+                    moment[r] = decay * carried + row_dot(weights, shifted)
                 total[r] = decay * total[r] + weights.sum(dim=1)
                 peak[r] = new_peak
         if weight_sum is not None:
             logit_sum = torch.cat(
-                [_row_block(hidden, rows, r, dtype) @ weight_sum for r in spans(n, tile.rows)]
+                [row_block(hidden, rows, r, dtype) @ weight_sum for r in spans(n, tile.rows)]
                 or [total]
             )
             if bias is not None:
@@ -151,6 +151,7 @@ def backward(
     d_hidden = _zeros(hidden.shape, hidden.dtype, hidden.device) if need_hidden else None
     d_weight = _zeros(weight.shape, weight.dtype, weight.device) if need_weight else None
     d_bias = _zeros((vocab,), dtype, weight.device) if need_bias else None
+    room = torch.empty(tile.rows * tile.cols, dtype=dtype, device=hidden.device)
 
     def add_tile(
         r: slice,
@@ -161,23 +162,10 @@ def backward(
         dh: Tensor | None,
         dw: Tensor | None,
     ) -> None:
-        z = _logit_tile(h, w, b, transform)
-        slope = transform.derivative(z)
-        dz = (
-            z.sub_(lse[r].unsqueeze(1))
-            .clamp_(min=LEAST_EXPONENT[dtype])
-            .exp_()
-            .mul_(grad[r].neg().unsqueeze(1))
-        )
-        _add_at_labels(dz, labels[r], v.start, grad[r])
-        if isinstance(slope, Tensor) or slope != 1.0:
-            dz.mul_(slope)
-        if dh is not None:
-            dh.addmm_(dz, w)
-        if dw is not None:
-            dw.addmm_(dz.t(), h)
-        if d_bias is not None:
-            d_bias[v] += dz.sum(dim=0)
+        places = labels_in_tile(labels[r], v)
+        db = None if d_bias is None else d_bias[v]
+        z = room[: len(h) * len(w)].view(len(h), len(w))
+        add_tile_gradients(h, w, b, *places, lse[r], grad[r], transform, dh, dw, db, z)
 
     with full_precision(hidden.device):
         if n <= vocab:
@@ -186,51 +174,87 @@ def backward(
                 direct = rows is None and d_hidden.dtype == dtype
                 dh_all = d_hidden if direct else _zeros((n, width), dtype, hidden.device)
             for v in spans(vocab, tile.cols):
-                w, b = _vocabulary_slice(weight, bias, v, dtype)
+                w, b = vocabulary_slice(weight, bias, v, dtype)
                 dw = None if d_weight is None else _accumulator(d_weight[v], dtype)
                 for r in spans(n, tile.rows):
-                    h = _row_block(hidden, rows, r, dtype)
+                    h = row_block(hidden, rows, r, dtype)
                     add_tile(r, v, h, w, b, None if dh_all is None else dh_all[r], dw)
                 if d_weight is not None and dw is not None and dw.dtype != d_weight.dtype:
                     d_weight[v] = dw.to(d_weight.dtype)
             if d_hidden is not None and dh_all is not None and dh_all is not d_hidden:
-                _write_rows(d_hidden, rows, slice(0, n), dh_all)
+                write_rows(d_hidden, rows, slice(0, n), dh_all)
         else:
             dw_all = None if d_weight is None else _accumulator(d_weight, dtype)
             for r in spans(n, tile.rows):
-                h = _row_block(hidden, rows, r, dtype)
+                h = row_block(hidden, rows, r, dtype)
                 dh = (
                     None
                     if d_hidden is None
                     else _zeros((r.stop - r.start, width), dtype, hidden.device)
                 )
                 for v in spans(vocab, tile.cols):
-                    w, b = _vocabulary_slice(weight, bias, v, dtype)
+                    w, b = vocabulary_slice(weight, bias, v, dtype)
                     add_tile(r, v, h, w, b, dh, None if dw_all is None else dw_all[v])
                 if d_hidden is not None and dh is not None:
-                    _write_rows(d_hidden, rows, r, dh)
+                    write_rows(d_hidden, rows, r, dh)
             if d_weight is not None and dw_all is not None and dw_all is not d_weight:
                 d_weight.copy_(dw_all)
 
     return d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype)
 
 
-def _logit_tile(h: Tensor, w: Tensor, b: Tensor | None, transform: LogitTransform) -> Tensor:
-    raw = h @ w.t() if b is None else torch.addmm(b, h, w.t())
+def add_tile_gradients(
+    h: Tensor,  # (R, H)
+    w: Tensor,  # (C, H)
+    b: Tensor | None,  # (C,)
+    column: Tensor,  # (R,) int64 in [0, C): where among the C columns the row's label is
+    inside: Tensor,  # (R,) bool: whether it is there at all
+    lse: Tensor,  # (R,)
+    grad: Tensor,  # (R,)
+    transform: LogitTransform,
+    dh: Tensor | None,  # (R, H)
+    dw: Tensor | None,  # (C, H)
+    db: Tensor | None,  # (C,)
+    room: Tensor | None = None,  # (R, C), to be overwritten
+) -> None:
+    """Make a tile of logits again and dz = grad·(1[v = y] − p)·dz/du; add its products to dh, dw and db."""
+    z = logit_tile(h, w, b, transform, room)
+    slope = transform.derivative(z)
+    dz = (
+        z.sub_(lse.unsqueeze(1))
+        .clamp_(min=LEAST_EXPONENT[z.dtype])
+        .exp_()
+        .mul_(grad.neg().unsqueeze(1))
+    )
+    _add_at_labels(dz, column, inside, grad)
+    if isinstance(slope, Tensor) or slope != 1.0:
+        dz.mul_(slope)
+    if dh is not None:
+        dh.addmm_(dz, w)
+    if dw is not None:
+        dw.addmm_(dz.t(), h)
+    if db is not None:
+        db += dz.sum(dim=0)
+
+
+def logit_tile(
+    h: Tensor, w: Tensor, b: Tensor | None, transform: LogitTransform, out: Tensor | None = None
+) -> Tensor:
+    raw = torch.mm(h, w.t(), out=out) if b is None else torch.addmm(b, h, w.t(), out=out)
     return transform.apply_(raw)
 
 
-def _vocabulary_slice(
+def vocabulary_slice(
     weight: Tensor, bias: Tensor | None, v: slice, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     return weight[v].to(dtype), None if bias is None else bias[v].to(dtype)
 
 
-def _row_block(hidden: Tensor, rows: Tensor | None, r: slice, dtype: torch.dtype) -> Tensor:
+def row_block(hidden: Tensor, rows: Tensor | None, r: slice, dtype: torch.dtype) -> Tensor:
     return (hidden[r] if rows is None else hidden[rows[r]]).to(dtype)
 
 
-def _write_rows(target: Tensor, rows: Tensor | None, r: slice, values: Tensor) -> None:
+def write_rows(target: Tensor, rows: Tensor | None, r: slice, values: Tensor) -> None:
     if rows is None:
         target[r] = values.to(target.dtype)
     else:
@@ -246,24 +270,21 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _labels_in_tile(labels: Tensor, v0: int, cols: int) -> tuple[Tensor, Tensor]:
+def labels_in_tile(labels: Tensor, v: slice) -> tuple[Tensor, Tensor]:
     """Each row's column of this tile, clamped into it, and whether its label lies there at all."""
-    column = labels - v0
-    inside = (column >= 0) & (column < cols)
-    return column.clamp_(0, cols - 1).unsqueeze(1), inside.unsqueeze(1)
+    inside = (labels >= v.start) & (labels < v.stop)
+    return (labels - v.start).clamp_(0, v.stop - v.start - 1), inside
 
 
-def _pick_labels(z: Tensor, labels: Tensor, v0: int, label_logit: Tensor) -> None:
-    column, inside = _labels_in_tile(labels, v0, z.shape[1])
-    picked = torch.where(inside, z.gather(1, column), label_logit.unsqueeze(1))
-    label_logit.copy_(picked.squeeze(1))
+def _pick_labels(z: Tensor, labels: Tensor, v: slice, label_logit: Tensor) -> None:
+    column, inside = labels_in_tile(labels, v)
+    label_logit.copy_(torch.where(inside, z.gather(1, column.unsqueeze(1)).squeeze(1), label_logit))
 
 
-def _add_at_labels(dz: Tensor, labels: Tensor, v0: int, grad: Tensor) -> None:
-    column, inside = _labels_in_tile(labels, v0, dz.shape[1])
-    dz.scatter_add_(1, column, torch.where(inside, grad.unsqueeze(1), 0.0))
+def _add_at_labels(dz: Tensor, column: Tensor, inside: Tensor, grad: Tensor) -> None:
+    dz.scatter_add_(1, column.unsqueeze(1), torch.where(inside, grad, 0.0).unsqueeze(1))
 
 
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
     """Σ_v a_iv·b_iv without a temporary of their size."""
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)

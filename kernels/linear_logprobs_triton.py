@@ -37,9 +37,12 @@ def forward(
     want_stats: bool,
 ) -> ForwardResult:
     """Log-prob and lse of every kept row, float32 nats; ValueError where ``supported`` gives a reason."""
-    target = _target(hidden, weight)
+    target = target_for(hidden, weight)
     with torch.cuda.device_of(hidden):
-        return launch_forward(hidden, weight, bias, labels, rows, transform, want_stats, target)
+        return launch_forward(
+            hidden, weight, bias, labels, rows, transform, want_stats,
+            target, chunking.budget_bytes(hidden.device),
+        )  # fmt: skip
 
 
 def backward(
@@ -56,7 +59,7 @@ def backward(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Exact gradients (N, H), (V, H), (V,) in the dtypes of the inputs; a product not needed is not made."""
-    target = _target(hidden, weight)
+    target = target_for(hidden, weight)
     with torch.cuda.device_of(hidden):
         return launch_backward(
             grad.float(), hidden, weight, bias, labels, rows, lse, transform,
@@ -65,7 +68,8 @@ def backward(
         )  # fmt: skip
 
 
-def _target(hidden: Tensor, weight: Tensor) -> tile_configs.Target:
+def target_for(hidden: Tensor, weight: Tensor) -> tile_configs.Target:
+    """The device as the tile table knows it; ValueError where ``supported`` gives a reason."""
     reason = supported(hidden, weight)
     if reason is not None:
         raise ValueError(f"backend: got 'triton', but {reason}; use 'torch' or 'auto'")

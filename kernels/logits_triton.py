@@ -11,9 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .logit_transform import LogitTransform
 from .precision_triton import dot
+from .tile_configs import TileConfig
 
 
 def scale_factors(transform: LogitTransform) -> tuple[float, float]:
@@ -26,6 +28,18 @@ def scale_factors(transform: LogitTransform) -> tuple[float, float]:
 def contiguous(vector: Tensor | None) -> Tensor | None:
     """An optional vector as the kernels read it, with stride 1."""
     return None if vector is None else vector.contiguous()
+
+
+def operands(
+    config: TileConfig, bulk: bool, hidden: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor] | tuple[TensorDescriptor, TensorDescriptor]:
+    """(hidden, weight) as arguments of a kernel that calls ``dense_tile`` with BULK = ``bulk``."""
+    if not bulk:
+        return hidden, weight
+    return (
+        TensorDescriptor.from_tensor(hidden, [config.rows, config.depth]),
+        TensorDescriptor.from_tensor(weight, [config.cols, config.depth]),
+    )
 
 
 @triton.jit
@@ -72,6 +86,34 @@ def raw_tile(
     if HAS_BIAS:  # last, lest a large one cost the sum its low bits
         acc += tl.load(bias + cols).to(tl.float32)[None, :]
     return acc
+
+
+@triton.jit
+def dense_tile(
+    hidden, weight, bias, first_row, first_col, n, V, H, hidden_row, hidden_col, weight_row, weight_col,
+    BULK: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """u of ROWS × COLS neighbours from (``first_row``, ``first_col``) on; 0 in columns past V.
+
+    With BULK, hidden and weight are tensor descriptors, and bulk copies (TMA) fetch their tiles: two
+    instructions of one thread per step, and zeros for what lies outside.
+    """
+    cols = first_col + tl.arange(0, COLS)
+    inside = cols < V
+    if BULK:
+        u = tl.zeros([ROWS, COLS], tl.float32)
+        for start in range(0, H, DEPTH):
+            u = dot(hidden.load([first_row, start]), weight.load([first_col, start]).T, u)
+    else:
+        rows = source_rows(None, first_row + tl.arange(0, ROWS), n, False)
+        u = raw_tile(
+            hidden, weight, bias, rows, cols, V, H,
+            hidden_row, hidden_col, weight_row, weight_col, False, ROWS, COLS, DEPTH,
+        )  # fmt: skip
+        u = tl.where(inside[None, :], u, 0.0)
+    if HAS_BIAS:
+        u += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return u
 
 
 @triton.jit

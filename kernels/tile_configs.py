@@ -46,28 +46,47 @@ CHIPS = ("sm_80", "sm_90", "sm_100")
 
 _INTERPRETER_TILE = TileConfig(16, 32, 16, 1, 1)
 
-# "logits": rows × cols of the logits, in the forward and in the backward; "softcap": the same with a softcap,
-# whose tanh needs registers; "matmul": the products of the backward; "unaligned": any of these for operands
-# that cannot be loaded 16 bytes at a time, which takes registers for addresses.
+# "logits": rows × cols of the logits, in the exact forward and backward; "matmul": products of a backward;
+# "certified": logits of the certified forward; "pieces": those of its backward; "… softcap": the same with a
+# softcap, whose tanh needs registers; "unaligned": any of these for operands that cannot be loaded 16 bytes at
+# a time, which takes registers for addresses.
 _TABLE: dict[tuple[str, str, str], TileConfig] = {
     ("logits", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
     ("logits", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
     ("logits", "sm_90", "half"): TileConfig(128, 256, 64, 8, 4),
-    ("logits", "sm_90", "float32"): TileConfig(64, 128, 32, 4, 3),
-    ("logits", "sm_100", "half"): TileConfig(128, 128, 64, 8, 3),
+    ("logits", "sm_90", "float32"): TileConfig(128, 128, 32, 8, 3),
+    ("logits", "sm_100", "half"): TileConfig(128, 128, 64, 4, 3),
     ("logits", "sm_100", "float32"): TileConfig(64, 128, 32, 8, 3),
-    ("softcap", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
-    ("softcap", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
-    ("softcap", "sm_90", "half"): TileConfig(128, 128, 64, 8, 4),
-    ("softcap", "sm_90", "float32"): TileConfig(64, 64, 32, 4, 3),
-    ("softcap", "sm_100", "half"): TileConfig(128, 64, 64, 8, 3),
-    ("softcap", "sm_100", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("logits softcap", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
+    ("logits softcap", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("logits softcap", "sm_90", "half"): TileConfig(128, 256, 64, 8, 4),
+    ("logits softcap", "sm_90", "float32"): TileConfig(128, 128, 32, 8, 3),
+    ("logits softcap", "sm_100", "half"): TileConfig(128, 64, 64, 8, 3),
+    ("logits softcap", "sm_100", "float32"): TileConfig(64, 64, 32, 4, 3),
     ("matmul", "sm_80", "half"): TileConfig(128, 256, 32, 8, 4),
     ("matmul", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
     ("matmul", "sm_90", "half"): TileConfig(128, 256, 64, 8, 4),
     ("matmul", "sm_90", "float32"): TileConfig(64, 128, 32, 4, 3),
     ("matmul", "sm_100", "half"): TileConfig(128, 256, 64, 8, 4),
     ("matmul", "sm_100", "float32"): TileConfig(64, 128, 32, 8, 3),
+    ("certified", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
+    ("certified", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("certified", "sm_90", "half"): TileConfig(128, 256, 64, 8, 3),
+    ("certified", "sm_90", "float32"): TileConfig(64, 128, 32, 4, 3),
+    ("certified", "sm_100", "half"): TileConfig(128, 64, 64, 8, 3),
+    ("certified", "sm_100", "float32"): TileConfig(128, 64, 32, 8, 3),
+    ("pieces", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
+    ("pieces", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("pieces", "sm_90", "half"): TileConfig(128, 256, 64, 8, 4),
+    ("pieces", "sm_90", "float32"): TileConfig(64, 128, 32, 4, 3),
+    ("pieces", "sm_100", "half"): TileConfig(128, 64, 64, 8, 3),
+    ("pieces", "sm_100", "float32"): TileConfig(64, 128, 32, 8, 3),
+    ("pieces softcap", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
+    ("pieces softcap", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("pieces softcap", "sm_90", "half"): TileConfig(128, 128, 64, 8, 4),
+    ("pieces softcap", "sm_90", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("pieces softcap", "sm_100", "half"): TileConfig(128, 64, 64, 8, 3),
+    ("pieces softcap", "sm_100", "float32"): TileConfig(64, 64, 32, 4, 3),
     ("unaligned", "sm_80", "half"): TileConfig(64, 64, 32, 4, 3),
     ("unaligned", "sm_80", "float32"): TileConfig(64, 64, 16, 8, 3),
     ("unaligned", "sm_90", "half"): TileConfig(64, 64, 32, 4, 3),
@@ -122,6 +141,11 @@ def tile_config(use: str, target: Target, *operands: torch.Tensor) -> TileConfig
     if not all(map(_aligned, operands)):
         use = "unaligned"
     return _TABLE[use, target.chip, "float32" if operands[0].dtype == torch.float32 else "half"]
+
+
+def bulk_copies(target: Target, *operands: torch.Tensor) -> bool:
+    """Whether tiles of ``operands`` can be loaded by the bulk copy engine (TMA), through tensor descriptors."""
+    return target.chip != "sm_80" and all(map(_aligned, operands))
 
 
 def _aligned(matrix: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROBE = (
     "import fastpo, fastpo.kernels.chunking as c, torch; "
     "y = fastpo.linear_logprobs(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, -100])); "
-    "assert abs(float(y[0]) + 1.3862944) < 1e-6, y; print(c.__file__)"
+    "assert abs(float(y[0]) + 1.3862944) < 1e-6, y; import fastpo.benchmarks.memory; print(c.__file__)"
 )
 
 
@@ -65,7 +65,7 @@ def test_bare_checkout_from_its_root_and_from_elsewhere(tmp_path: Path) -> None:
         assert Path(python(PROBE, cwd=cwd, path=tree)).resolve() == tree / "kernels/chunking.py"
 
 
-def test_wheel_holds_one_copy_of_the_kernels_and_works(tmp_path: Path) -> None:
+def test_wheel_holds_one_copy_of_kernels_and_benchmarks_and_works(tmp_path: Path) -> None:
     tree = checkout(tmp_path / "tree")
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
@@ -75,8 +75,9 @@ def test_wheel_holds_one_copy_of_the_kernels_and_works(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("fastpo-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    held = {n for n in names if n.endswith(".py") and "kernels" in n}
-    assert held == {f"fastpo/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    for folder in ("kernels", "benchmarks"):
+        held = {n for n in names if folder in n}
+        assert held == {f"fastpo/{folder}/{p.name}" for p in (ROOT / folder).glob("*.py")}
     assert "fastpo/py.typed" in names
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "kernels/", "recipes/"))]
     site = tmp_path / "site"

@@ -139,6 +139,58 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of a run")
     plot.set_defaults(run=_plot)
 
+    bench = commands.add_parser(
+        "bench",
+        help="measure time, memory and accuracy beside other libraries",
+        description="Measure fastpo beside the other libraries that are installed, on states of a language "
+        "model and on random ones: time of forward and of forward + backward in interleaved rounds, peak extra "
+        "memory, and errors against float64. Prints tables and writes JSON. `pip install 'fastpo[bench]'` gets "
+        "the others.",
+        allow_abbrev=False,
+    )
+    bench.add_argument(
+        "--set",
+        metavar="NAME",
+        help="cpu (10 minutes on two cores), gpu (8 minutes) or quick (2 minutes); default: gpu with a CUDA "
+        "device, else cpu",
+    )
+    bench.add_argument(
+        "--minutes",
+        type=float,
+        default=10.0,
+        metavar="M",
+        help="start nothing more after M minutes; the most important comes first (default: 10)",
+    )
+    bench.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="the JSON file (default: runs/bench-DATE-TIME.json); with --report: the directory of the report "
+        "(default: that of the first file's name)",
+    )
+    bench.add_argument(
+        "--only", nargs="+", default=[], metavar="RIVAL", help="only these take part"
+    )
+    bench.add_argument("--skip", nargs="+", default=[], metavar="RIVAL", help="these do not")
+    bench.add_argument(
+        "--rounds", type=int, metavar="N", help="rounds of timing (default: 5 to 9, by case)"
+    )
+    bench.add_argument(
+        "--states",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file with hidden (rows, H) and weight (V, H) of a language model (default: those of "
+        "a small one that is trained here, once)",
+    )
+    bench.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing: turn these JSON files into Markdown tables and plots",
+    )
+    bench.set_defaults(run=_bench)
+
     doctor = commands.add_parser(
         "doctor",
         help="report versions and devices, and check the arithmetic",
@@ -184,6 +236,26 @@ def _plot(arguments: argparse.Namespace, rest: list[str]) -> int:
     from fastpo.trainer.plots import plot_run
 
     print(plot_run(arguments.run_dir))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace, rest: list[str]) -> int:
+    if arguments.report:
+        from fastpo.benchmarks.report import report
+
+        print(report(arguments.report, arguments.out))
+        return 0
+    from fastpo.benchmarks.bench import run
+
+    run(
+        arguments.set,
+        arguments.out or Path("runs", strftime("bench-%Y%m%d-%H%M%S.json")),
+        minutes=arguments.minutes,
+        only=arguments.only,
+        skip=arguments.skip,
+        states=arguments.states,
+        rounds=arguments.rounds,
+    )
     return 0
 
 

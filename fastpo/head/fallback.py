@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fastpo.head.tail import Tail
 from fastpo.kernels.chunking import budget_bytes, spans
 from fastpo.kernels.precision import accumulation_dtype
-from fastpo.ops.linear_logprobs import TokenStats
+from fastpo.ops.linear_logprobs import TokenStats, exact_statistics
 
 LOGIT_COPIES = 4  # logits as they come, in float32, their log-softmax and its gradient
 
@@ -55,4 +55,8 @@ def chunked_logprobs(
         return flat.new_zeros(labels.numel()).index_copy(0, rows, flat).view(labels.shape)
 
     logps, *stats = (per_token(values) for values in zip(*parts, strict=True))
-    return logps, TokenStats(*(s.detach() for s in stats)) if want_stats else None
+    if not want_stats:
+        return logps, None
+    entropy, top1, logit_mean = (values.detach() for values in stats)
+    per_call = exact_statistics(len(rows), source)
+    return logps, TokenStats(entropy, top1, logit_mean, *per_call)

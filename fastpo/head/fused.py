@@ -44,8 +44,8 @@ class FusedHead:
     Args:
         model: a transformers causal LM, bare or inside PEFT, DDP, FSDP2 or torch.compile. It is probed here
             (one forward on three tokens, once per model), so construct it before the parameters are sharded.
-        op_kwargs: ``temperature``, ``ignore_index``, ``backward``, ``backend`` and ``return_stats`` of
-            :func:`fastpo.linear_logprobs`.
+        op_kwargs: ``temperature``, ``ignore_index``, ``backward``, ``tol``, ``low_memory``, ``backend`` and
+            ``return_stats`` of :func:`fastpo.linear_logprobs`.
 
     While installed, a call with ``labels`` (B, T), already shifted (:func:`fastpo.shift_labels`), returns the
     model's own output class (a subclass of it) with ``logits`` None, ``log_probs`` (B, T) float32 and, with

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastpo.kernels.preference_epilogue_torch import PAIR_LOSSES, pair_loss
 from fastpo.margins import DynamicMargin
 from fastpo.ops.checks import check_everything
-from fastpo.ops.linear_logprobs import TokenStats, linear_logprobs
+from fastpo.ops.linear_logprobs import DEFAULT_TOL, TokenStats, linear_logprobs
 from fastpo.ops.preference_epilogue import epilogue_backend, preference_epilogue
 from fastpo.ops.sequence_logprobs import sequence_sums
 
@@ -48,8 +48,8 @@ class PreferenceLoss(nn.Module):
         margin: dynamic margins, ``margin(gaps, gamma0) → γ`` for (B,) float64 gaps
             (:class:`fastpo.DynamicMargin`, γ-PO); None: the fixed target γ0 for ``simpo``, none for the others.
         ignore_index: label of tokens that do not count.
-        logit_scale, softcap, temperature, backward, backend: see :func:`fastpo.linear_logprobs`;
-            ``backward`` is ``"exact"`` or ``"auto"``, which is exact.
+        logit_scale, softcap, temperature, backward, tol, low_memory, backend: see
+            :func:`fastpo.linear_logprobs`.
         return_stats: compute the token statistics that the metrics ``entropy``, ``logits/*`` and
             ``mean_token_accuracy`` need.
         group: ranks over which batch-coupled terms (``batch_coupled`` losses and the token mean of the SFT
@@ -81,6 +81,8 @@ class PreferenceLoss(nn.Module):
         softcap: float | None = None,
         temperature: float = 1.0,
         backward: str = "auto",
+        tol: float = DEFAULT_TOL,
+        low_memory: bool = False,
         backend: str = "auto",
         return_stats: bool = True,
         group: ProcessGroup | None = None,
@@ -115,6 +117,8 @@ class PreferenceLoss(nn.Module):
             "softcap": softcap,
             "temperature": temperature,
             "backward": backward,
+            "tol": tol,
+            "low_memory": low_memory,
             "backend": backend,
             "ignore_index": ignore_index,
         }

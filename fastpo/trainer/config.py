@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from fastpo.losses import PreferenceLoss, find_loss
 from fastpo.margins import DynamicMargin
-from fastpo.ops.linear_logprobs import BACKWARDS
+from fastpo.ops.linear_logprobs import BACKWARDS, DEFAULT_TOL
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -177,7 +177,24 @@ class PreferenceConfig(TrainingArguments):
         default=None,
         metadata={"help": "options of one loss alone, e.g. rdpo_alpha or discopop_tau"},
     )
-    backward: str = field(default="auto", metadata={"help": "of the log-probs: auto or exact"})
+    backward: str = field(
+        default="auto",
+        metadata={
+            "help": "of the log-probs: exact, certified, or auto (certified for bf16 and fp16)"
+        },
+    )
+    tol: float = field(
+        default=DEFAULT_TOL,
+        metadata={
+            "help": "probability that a certified backward may leave out per token, in [0, 1)"
+        },
+    )
+    low_memory: bool = field(
+        default=False,
+        metadata={
+            "help": "a certified backward without a float32 sum beside dH or dW, at more time"
+        },
+    )
     precompute_ref_log_probs: bool = field(
         default=False,
         metadata={
@@ -246,6 +263,8 @@ class PreferenceConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name}: got {value!r}, expected an integer ≥ 1, or None")
+        if not (isinstance(self.tol, int | float) and 0 <= self.tol < 1):
+            raise ValueError(f"tol: got {self.tol!r}, expected a number in [0, 1)")
         if self.max_length and self.max_prompt_length and self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length: got {self.max_prompt_length}, expected less than max_length "
@@ -351,6 +370,8 @@ def build_loss(config: PreferenceConfig, group: ProcessGroup | None = None) -> P
             sft_weight=config.sft_weight,
             margin=margin,
             backward=config.backward,
+            tol=config.tol,
+            low_memory=config.low_memory,
             group=group,
             **options,
         )

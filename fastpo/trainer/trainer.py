@@ -230,11 +230,12 @@ class PreferenceTrainer(Trainer):
             ref_model = None
         elif ref_model is None and not is_peft_model(policy) and not args.precompute_ref_log_probs:
             ref_model = copy.deepcopy(policy)
-        FusedHead(policy, return_stats=True, backward=args.backward).install()
+        op_kwargs = {"backward": args.backward, "tol": args.tol, "low_memory": args.low_memory}
+        FusedHead(policy, return_stats=True, **op_kwargs).install()
         if ref_model is not None:
             find_causal_lm(ref_model)
             ref_model.to(args.device).eval().requires_grad_(False)
-            FusedHead(ref_model, backward=args.backward).install()
+            FusedHead(ref_model, **op_kwargs).install()
         if args.use_liger_kernel:
             # Here, so that policy and reference round alike; transformers' train() would do the policy alone.
             for model in filter(None, (policy, ref_model)):

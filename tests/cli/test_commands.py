@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 def test_help_and_version_load_nothing_heavy() -> None:
     code = (
         "import sys; from fastpo.cli import main\n"
-        "for argv in (['--help'], ['--version'], ['demo', '--help'], ['doctor', '--help'], ['plot', '-h']):\n"
+        "commands = ('demo', 'doctor', 'bench', 'plot')\n"
+        "for argv in (['--help'], ['--version'], *([name, '--help'] for name in commands)):\n"
         "    try: main(argv)\n"
         "    except SystemExit as end: assert end.code == 0\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
@@ -31,12 +32,21 @@ def test_help_and_version_load_nothing_heavy() -> None:
     lines = done.stdout.splitlines()
     assert lines[-1] == "[]"
     assert f"fastpo {fastpo.__version__}" in lines
-    for command in ("train", "demo", "plot", "doctor"):
+    for command in ("train", "demo", "plot", "bench", "doctor"):
         assert any(line.split()[:1] == [command] for line in lines)
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["trian"], ["plot"], ["plot", "a", "b"], ["doctor", "--fast"], ["demo", "--out"]]
+    "argv",
+    [
+        [],
+        ["trian"],
+        ["plot"],
+        ["plot", "a", "b"],
+        ["doctor", "--fast"],
+        ["demo", "--out"],
+        ["bench", "x"],
+    ],
 )
 def test_a_wrong_command_exits_with_status_2(argv: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as end:

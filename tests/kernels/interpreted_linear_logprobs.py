@@ -2,6 +2,7 @@
 
 Not collected by itself: test_linear_logprobs_triton.py runs it in a process of its own, with TRITON_INTERPRET=1
 set before Triton is loaded. Tiles are 16 rows × 32 columns × 16 there, so small shapes have many tiles.
+``bulk``: operands are fetched through tensor descriptors, as aligned matrices are on sm_90 and later.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastpo
 from fastpo.kernels import linear_logprobs_backward_triton as backward_launcher
@@ -24,8 +26,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [FLOAT32, BFLOAT16, FLOAT16]
+# (dtype, bulk)
+WAYS = [*((dtype, False) for dtype in DTYPES), (FLOAT32, True), (BFLOAT16, True)]
+WAY_IDS = [str(dtype) + " bulk" * bulk for dtype, bulk in WAYS]
 PLAIN = LogitTransform()
 SCALED = LogitTransform(logit_scale=1.7, temperature=0.6)
+NEGATIVE = LogitTransform(logit_scale=-0.7)
 CAPPED = LogitTransform(logit_scale=0.8, softcap=4.0, temperature=1.3)
 
 
@@ -41,10 +47,12 @@ class Problem:
     grad: torch.Tensor
     transform: LogitTransform = PLAIN
 
-    def forward(self, want_stats: bool = True) -> ForwardResult:
-        return linear_logprobs_triton.forward(
-            self.hidden, self.weight, self.bias, self.labels, self.rows, self.transform, want_stats
-        )
+    def forward(self, want_stats: bool = True, budget: int = 2**26) -> ForwardResult:
+        target = tile_configs.target(self.hidden.device)
+        return forward_launcher.launch_forward(
+            self.hidden, self.weight, self.bias, self.labels, self.rows, self.transform, want_stats,
+            target, budget,
+        )  # fmt: skip
 
     def backward(
         self,
@@ -108,13 +116,14 @@ def make_problem(
     *,
     bias: bool = True,
     gather: bool = True,
+    bulk: bool = False,
     more_rows_than_columns: bool = False,
 ) -> Problem:
-    """Odd and prime sizes drawn from ``seed``; logits of a few units."""
+    """Odd and prime sizes drawn from ``seed``, but for a hidden size that ``bulk`` copies need; a few units."""
     draw = random.Random(seed)
     small, large = draw.choice([17, 19, 23, 29]), draw.choice([67, 89, 97, 101])
     n, vocab = (large, small) if more_rows_than_columns else (small, large)
-    width = draw.choice([5, 31, 33, 37])
+    width = draw.choice([16, 48, 80] if bulk else [5, 31, 33, 37])
     total = n + draw.randrange(1, 9) if gather else n
     labels = torch.randint(vocab, (n,))
     labels[:2] = torch.tensor([0, vocab - 1])
@@ -174,14 +183,42 @@ def check_gradients(
             assert norms[0] <= bound * norms[1] + floor, f"d{name}: error and norm {norms}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "bulk"), WAYS, ids=WAY_IDS)
 @pytest.mark.parametrize("transform", [PLAIN, SCALED, CAPPED], ids=["plain", "scaled", "capped"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_forward_equals_float64(
-    seed: int, dtype: torch.dtype, transform: LogitTransform, bias: bool
+    seed: int, dtype: torch.dtype, transform: LogitTransform, bias: bool, bulk: bool
 ) -> None:
-    p = make_problem(seed, dtype, transform, bias=bias, gather=seed % 2 == 0)
+    p = make_problem(seed, dtype, transform, bias=bias, gather=seed % 2 == 0, bulk=bulk)
     check_forward(p, p.forward(), reference(p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_problems_reach_both_ways_to_load(seed: int, dtype: torch.dtype) -> None:
+    """What the parameter ``bulk`` here and below relies on."""
+    for bulk in (False, True):
+        p = make_problem(seed, dtype, bulk=bulk)
+        target = tile_configs.target(p.hidden.device)
+        for matrix in (p.hidden[p.rows], p.weight):
+            assert tile_configs.bulk_copies(target, matrix) == bulk
+
+
+@pytest.mark.parametrize("bulk", [False, True], ids=["", "bulk"])
+def test_gathered_rows_go_through_in_parts_that_fit_the_budget(
+    seed: int, bulk: bool, monkeypatch
+) -> None:
+    p = make_problem(seed, FLOAT32, SCALED, bulk=bulk)
+    row_bytes = p.hidden.shape[1] * 4
+    parts = []
+    real = forward_launcher._launch_rows
+    monkeypatch.setattr(
+        forward_launcher, "_launch_rows", lambda h, *a: (parts.append(len(h)), real(h, *a))
+    )
+    got = p.forward(budget=7 * row_bytes)
+    check_forward(p, got, reference(p))
+    assert sum(parts) == len(p.labels)
+    assert max(parts) == 7
+    assert len(p.forward(budget=1).logps) == len(p.labels)  # a row at a time is the least
 
 
 def test_without_statistics_only_log_probs_and_lse_come_back(seed: int) -> None:
@@ -192,15 +229,30 @@ def test_without_statistics_only_log_probs_and_lse_come_back(seed: int) -> None:
     assert torch.equal(plain.lse, full.lse)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "bulk"), WAYS, ids=WAY_IDS)
 @pytest.mark.parametrize("transform", [SCALED, CAPPED], ids=["scaled", "capped"])
 @pytest.mark.parametrize("tall", [False, True], ids=["vocabulary cut", "rows cut"])
 @pytest.mark.parametrize("budget", [2**26, 2048], ids=["one slice", "slices"])
 def test_gradients_equal_float64(
-    seed: int, dtype: torch.dtype, transform: LogitTransform, tall: bool, budget: int
+    seed: int, dtype: torch.dtype, transform: LogitTransform, tall: bool, budget: int, bulk: bool
 ) -> None:
-    p = make_problem(seed, dtype, transform, gather=seed % 2 == 0, more_rows_than_columns=tall)
+    p = make_problem(
+        seed, dtype, transform, gather=seed % 2 == 0, bulk=bulk, more_rows_than_columns=tall
+    )
     check_gradients(p, p.backward(p.forward(False).lse, budget=budget), reference(p))
+
+
+def test_copy_of_gathered_rows_takes_no_room_beside_d_hidden(seed: int, monkeypatch) -> None:
+    p = make_problem(seed, FLOAT32)
+    lse = p.forward(False).lse
+    rooms = []
+    real = torch.index_select
+    monkeypatch.setattr(
+        torch, "index_select", lambda *a, out: (rooms.append(out), real(*a, out=out))[1]
+    )
+    d_hidden, _, _ = p.backward(lse, budget=2048)
+    assert [room.data_ptr() for room in rooms] == [d_hidden.data_ptr()]
+    assert rooms[0].shape == (len(p.rows), p.hidden.shape[1])
 
 
 def test_small_budget_means_several_slices() -> None:
@@ -212,8 +264,9 @@ def test_small_budget_means_several_slices() -> None:
 
 @pytest.mark.parametrize("tiles", [((16, 16, 16), (64, 32, 32)), ((64, 32, 16), (16, 16, 32))])
 @pytest.mark.parametrize("tall", [False, True], ids=["vocabulary cut", "rows cut"])
+@pytest.mark.parametrize("bulk", [False, True], ids=["", "bulk"])
 def test_logits_and_products_may_have_different_tiles(
-    seed: int, tiles: tuple, tall: bool, monkeypatch
+    seed: int, tiles: tuple, tall: bool, bulk: bool, monkeypatch
 ) -> None:
     logits, product = (tile_configs.TileConfig(*tile, 1, 1) for tile in tiles)
     choose = {"logits": logits, "matmul": product}
@@ -221,7 +274,9 @@ def test_logits_and_products_may_have_different_tiles(
     real = backward_launcher.matmul
 
     def checked(a: torch.Tensor, *args, **options) -> None:
-        """The products read ``a`` in whole tiles: past its end there must be zeros."""
+        """Through pointers the products read ``a`` in whole tiles: past its end there must be zeros."""
+        if bulk:
+            return real(a, *args, **options)
         whole = a._base if a.stride() == a._base.stride() else a._base.t()
         m = math.ceil(a.shape[0] / product.rows) * product.rows
         k = math.ceil(a.shape[1] / product.depth) * product.depth
@@ -232,7 +287,7 @@ def test_logits_and_products_may_have_different_tiles(
         real(a, *args, **options)
 
     monkeypatch.setattr(backward_launcher, "matmul", checked)
-    p = make_problem(seed, FLOAT32, more_rows_than_columns=tall)
+    p = make_problem(seed, FLOAT32, bulk=bulk, more_rows_than_columns=tall)
     check_gradients(p, p.backward(p.forward(False).lse, budget=2048), reference(p))
 
 
@@ -289,12 +344,31 @@ def test_no_rows(seed: int) -> None:
             assert torch.equal(gradient, torch.zeros_like(like))
 
 
+@pytest.mark.parametrize("bulk", [False, True], ids=["", "bulk"])
+@pytest.mark.parametrize(
+    "transform", [PLAIN, NEGATIVE, CAPPED], ids=["plain", "negative", "capped"]
+)
+def test_what_lies_past_the_end_has_no_part_in_maximum_and_sum(
+    seed: int, bulk: bool, transform: LogitTransform
+) -> None:
+    """All logits are far below the zeros that are read there: a single one would outweigh them all."""
+    p = make_problem(seed, FLOAT32, transform, bias=False, bulk=bulk)
+    sign = math.copysign(1.0, transform.logit_scale)
+    size = 12.0 if transform.softcap is None else 3.0
+    weight = -sign * (1 + torch.rand_like(p.weight)) * size / p.weight.shape[1]
+    p = replace(p, hidden=1 + torch.rand_like(p.hidden), weight=weight)
+    got, want = p.forward(), reference(p)
+    assert want.logits.max() < -2
+    check_forward(p, got, want)
+    check_gradients(p, p.backward(got.lse, budget=2048), want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "kind", ["hundred", "far below zero", "uniform", "one-hot", "forbidden tokens"]
 )
 def test_hard_logits(seed: int, dtype: torch.dtype, kind: str) -> None:
-    p = make_problem(seed, dtype)
+    p = make_problem(seed, dtype, bulk=seed % 2 == 0)
     vocab = p.weight.shape[0]
     hidden, weight, bias = p.hidden, p.weight, torch.zeros(vocab)
     floor = 0.0
@@ -323,9 +397,13 @@ def test_hard_logits(seed: int, dtype: torch.dtype, kind: str) -> None:
     check_gradients(p, p.backward(got.lse, budget=2048), want, floor)
 
 
-def test_of_equal_logits_the_lowest_id_is_the_argmax() -> None:
-    vocab = 67  # three tiles in at most three splits
-    for winners, label in [((5, 9), 5), ((5, 9), 9), ((3, 66), 3), ((3, 66), 66), ((40, 50), 41)]:
+@pytest.mark.parametrize("splits", [1, 3])
+def test_of_equal_logits_the_lowest_id_is_the_argmax(splits: int, monkeypatch) -> None:
+    monkeypatch.setattr(forward_launcher, "vocabulary_splits", lambda *_: splits)
+    vocab = 67  # three tiles of 32 columns; 64 is the first of its tile
+    pairs = [(5, 9), (3, 64), (3, 66), (40, 50)]
+    cases = [(pair, label) for pair in pairs for label in pair] + [((40, 50), 41)]
+    for winners, label in cases:
         bias = torch.zeros(vocab)
         bias[list(winners)] = 2.0
         p = Problem(
@@ -397,21 +475,27 @@ def test_float16_coefficients_of_any_size(seed: int, coefficient: float) -> None
     assert (d_weight.double() - want).norm() <= 4e-3 * want.norm() + 3e-8 * math.sqrt(want.numel())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matmul_gathers_scatters_and_adds(seed: int, dtype: torch.dtype) -> None:
-    m, k, width = 21, 45, 37
+@pytest.mark.parametrize(("dtype", "bulk"), WAYS, ids=WAY_IDS)
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_matmul_scatters_and_adds(
+    seed: int, dtype: torch.dtype, bulk: bool, transposed: bool
+) -> None:
+    m, k, width = 21, 45, 48 if bulk else 37
     padded = torch.zeros(32, 64, dtype=dtype)
-    padded[:m, :k] = torch.randn(m, k)
     padded[:m, k:] = 1.0  # finite padding of the inner dimension must not count
-    a, b = padded[:m, :k], torch.randn(60, width).to(dtype)
-    inner_rows, out_rows = torch.randperm(60)[:k], torch.randperm(30)[:m]
+    if transposed:
+        padded = padded.t().contiguous().t()
+    padded[:m, :k] = torch.randn(m, k)
+    a, b = padded[:m, :k], torch.randn(k, width).to(dtype)
+    if bulk:  # what lies outside is not read at all
+        padded[:m, k:], padded[m:] = math.nan, math.nan
+        b = torch.cat([b, torch.full_like(b, math.nan)])[:k]
+    out_rows = torch.randperm(30)[:m]
     addend, alpha = torch.randn(m, width), torch.tensor(0.25)
     out = torch.full((30, width), math.nan, dtype=torch.float32)
     config = tile_configs.tile_config("matmul", tile_configs.target(torch.device("cpu")), b)
-    matmul_triton.matmul(
-        a, b, out, config, alpha=alpha, inner_rows=inner_rows, out_rows=out_rows, addend=addend
-    )
-    want = matmul_triton.reference(a, b, inner_rows, addend) * 0.25
+    matmul_triton.matmul(a, b, out, config, bulk, 4, alpha=alpha, out_rows=out_rows, addend=addend)
+    want = matmul_triton.reference(a, b, addend) * 0.25
     torch.testing.assert_close(out[out_rows].double(), want, rtol=0, atol=1e-5)
     untouched = torch.ones(30, dtype=torch.bool)
     untouched[out_rows] = False
@@ -464,32 +548,50 @@ class _Altered:
         return launch
 
 
+def other_rows(operand: torch.Tensor | TensorDescriptor) -> torch.Tensor | TensorDescriptor:
+    if isinstance(operand, TensorDescriptor):
+        return replace(operand, base=operand.base.flip(0))
+    return operand.flip(0)
+
+
+def longer(operand: torch.Tensor | TensorDescriptor) -> torch.Tensor | TensorDescriptor:
+    """A descriptor that does not end where the matrix does, as a pointer."""
+    if isinstance(operand, TensorDescriptor):
+        return replace(operand, shape=[size + 32 for size in operand.shape])
+    return operand
+
+
 FORWARD_FAULTS = {
     "dropped tile": lambda a: {"V": a["V"] - 32},
-    "unmasked tail": lambda a: {"V": -(-a["V"] // 32) * 32},
+    "unmasked tail": lambda a: {"V": -(-a["V"] // 32) * 32, "weight": longer(a["weight"])},
     "shifted label": lambda a: {"labels": a["labels"] - 1},
     "ignored bias": lambda a: {"bias": a["bias"] * 0},
-    "rows not gathered": lambda a: {"row_index": torch.arange(a["n"])},
+    "other rows": lambda a: {"hidden": other_rows(a["hidden"])},
 }
-# dz past V is zeroed and the products end at V: either alone suffices, so the fault is in both.
 BACKWARD_FAULTS = {
     **FORWARD_FAULTS,
+    "dropped tile": lambda a: {"tiles": a["tiles"] - 1} if a["tiles"] > 1 else {"V": 0},
     "zero coefficient": lambda a: {"grad": a["grad"] * 0},
     "lse of the next row": lambda a: {"lse": a["lse"].roll(1)},
 }
+# dz past V is zeroed and the products end at V: either alone suffices, so the fault is in both.
 PRODUCT_FAULTS = {
     "zero gradient": lambda a: {"alpha": a["alpha"] * 0 if a["alpha"] is not None else None},
-    "unmasked tail": lambda a: {"K": -(-a["K"] // 32) * 32 if a["inner_rows"] is None else a["K"]},
-    "dropped inner tile": lambda a: {"K": a["K"] - 16},
+    "unmasked tail": lambda a: {
+        "K": -(-a["K"] // 32) * 32,
+        "a": longer(a["a"]),
+        "b": longer(a["b"]),
+    },
+    "dropped inner tile": lambda a: {"K": max(1, a["K"] - 16)},
     "missing partial sum": lambda a: {
         "addend": a["addend"] * 0 if a["addend"] is not None else None
     },
 }
 
 
-def faulty_problem(seed: int) -> Problem:
+def faulty_problem(seed: int, bulk: bool) -> Problem:
     """A tail in the vocabulary, with something past it in memory that an unmasked kernel would read."""
-    p = make_problem(seed, FLOAT32, SCALED)
+    p = make_problem(seed, FLOAT32, SCALED, bulk=bulk)
     vocab = p.weight.shape[0]
     longer = torch.randn(vocab + 32, p.weight.shape[1])
     longer[:vocab] = p.weight
@@ -499,8 +601,9 @@ def faulty_problem(seed: int) -> Problem:
 
 
 @pytest.mark.parametrize("fault", [None, *FORWARD_FAULTS])
-def test_forward_faults_are_noticed(seed: int, monkeypatch, fault: str | None) -> None:
-    p = faulty_problem(seed)
+@pytest.mark.parametrize("bulk", [False, True], ids=["", "bulk"])
+def test_forward_faults_are_noticed(seed: int, monkeypatch, fault: str | None, bulk: bool) -> None:
+    p = faulty_problem(seed, bulk)
     alter = FORWARD_FAULTS.get(fault, lambda a: {})
     kernel = _Altered(forward_launcher._partials_kernel, alter)
     monkeypatch.setattr(forward_launcher, "_partials_kernel", kernel)
@@ -511,8 +614,9 @@ def test_forward_faults_are_noticed(seed: int, monkeypatch, fault: str | None) -
 
 
 @pytest.mark.parametrize("fault", [None, *dict.fromkeys([*BACKWARD_FAULTS, *PRODUCT_FAULTS])])
-def test_backward_faults_are_noticed(seed: int, monkeypatch, fault: str | None) -> None:
-    p = faulty_problem(seed)
+@pytest.mark.parametrize("bulk", [False, True], ids=["", "bulk"])
+def test_backward_faults_are_noticed(seed: int, monkeypatch, fault: str | None, bulk: bool) -> None:
+    p = faulty_problem(seed, bulk)
     lse = p.forward(False).lse
     for module, name, faults in (
         (backward_launcher, "_dlogits_kernel", BACKWARD_FAULTS),

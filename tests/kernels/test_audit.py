@@ -12,8 +12,17 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpo.kernels import audit, linear_logprobs_audit, tile_configs
+from fastpo.kernels import (
+    audit,
+    certified_backward_audit,
+    certified_forward_audit,
+    linear_logprobs_audit,
+    linear_logprobs_backward_triton,
+    linear_logprobs_forward_triton,
+    tile_configs,
+)
 from fastpo.kernels.audit import CHIPS, AuditCase, Report
 
 ARTEFACTS = Path(__file__).parents[2] / "artefacts" / "kernel_audit"
@@ -34,6 +43,17 @@ def _product_kernel(
 
 
 @triton.jit
+def _bulk_product_kernel(
+    a, b, c, K, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr
+):
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, K, DEPTH):
+        acc = tl.dot(a.load([0, start]), b.load([0, start]).T, acc, input_precision=PRECISION)
+    tl.store(c + rows[:, None] * COLS + cols[None, :], acc)
+
+
+@triton.jit
 def _copy_kernel(a, c, n, SIZE: tl.constexpr):
     i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     tl.store(c + i, tl.load(a + i, mask=i < n), mask=i < n)
@@ -46,13 +66,17 @@ def product_report(
     warps: int = 4,
     stages: int = 2,
     precision: str = "tf32x3",
+    bulk: bool
+    | None = None,  # how operands are loaded; None: through pointers, and nothing else is demanded
 ) -> Report:
     operand, out = torch.zeros(256, 256, dtype=dtype), torch.zeros(256, 256)
+    operands = [operand, operand]
+    if bulk:
+        operands = [TensorDescriptor.from_tensor(operand, [side, tile[2]]) for side in tile[:2]]
 
     def launch() -> None:
-        _product_kernel[(1,)](
-            operand,
-            operand,
+        (_bulk_product_kernel if bulk else _product_kernel)[(1,)](
+            *operands,
             out,
             256,
             *tile,
@@ -61,7 +85,7 @@ def product_report(
             num_stages=stages,
         )
 
-    (found,) = audit.record(chip, [AuditCase("product", True, launch)])
+    (found,) = audit.record(chip, [AuditCase("product", True, launch, bulk is not None)])
     return audit.inspect(found)
 
 
@@ -88,6 +112,37 @@ def test_good_product_passes(chip: str, dtype: torch.dtype) -> None:
 def test_fault_is_found(arguments: dict, problem: str) -> None:
     report = product_report("sm_80", torch.float32, **arguments)
     assert any(problem in found for found in report.problems()), report
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_products_without_bulk_copies_are_found_where_these_are_demanded(chip: str) -> None:
+    bulk = product_report(chip, torch.bfloat16, (64, 64, 32), bulk=True)
+    pointers = product_report(chip, torch.bfloat16, (64, 64, 32), bulk=False)
+    assert bulk.problems() == []
+    if chip == "sm_80":  # which has none: Triton loads through pointers there
+        assert bulk.bulk_copies == 0
+        assert pointers.problems() == []
+    else:
+        assert bulk.bulk_copies >= 2
+        (problem,) = pointers.problems()
+        assert "UTMALDG" in problem
+
+
+def test_dense_kernels_that_give_up_bulk_copies_are_found(monkeypatch) -> None:
+    modules = (linear_logprobs_forward_triton, linear_logprobs_backward_triton)
+    cases = [
+        case
+        for case in linear_logprobs_audit.audit_cases()
+        if case.name.startswith("linear_logprobs torch.bfloat16 aligned n ≤ V")
+        and "+" not in case.name
+    ]
+    assert len(cases) == 1
+    for module in modules:
+        monkeypatch.setattr(module, "bulk_copies", lambda *_: False)
+    launches = [launch for launch in audit.record("sm_90", cases) if "merge" not in launch.kernel]
+    assert len({launch.kernel for launch in launches}) == 3
+    for launch in launches:
+        assert any("UTMALDG" in problem for problem in audit.inspect(launch).problems())
 
 
 def test_specialisation_is_what_triton_would_choose() -> None:
@@ -118,21 +173,28 @@ def test_recording_launches_nothing_and_leaves_triton_as_it_was() -> None:
 
 
 def test_every_row_of_the_tile_table_is_audited() -> None:
-    flags = ("bias", "softcap", "gather", "stats", "cut")
+    flags_of = {linear_logprobs_audit: 5, certified_forward_audit: 4, certified_backward_audit: 4}
     cases = [
         case
-        for case in linear_logprobs_audit.audit_cases()
-        if case.name.count("+") in (0, len(flags)) and "n ≤ V" in case.name
+        for module, flags in flags_of.items()
+        for case in module.audit_cases()
+        if case.name.count("+") in (0, flags) and "n > V" not in case.name
     ]
-    assert len(cases) == 3 * 3 * 2
+    assert len(cases) == 3 * 3 * 3 * 2
+    kind_of = {
+        "_matmul_kernel": "matmul",
+        "_codes_kernel": "certified",
+        "_dz_pieces_kernel": "pieces",
+        "_products_kernel": "products",
+    }
     for chip in CHIPS:
         audited = set()
         for launch in audit.record(chip, cases):
             names = [name for name, _ in launch.signature]
             constants = {names[path[0]]: value for path, value in launch.constants}
             if "DEPTH" in constants:
-                kind = "matmul" if launch.kernel.endswith("_matmul_kernel") else "logits"
-                half = dict(launch.signature)["b" if kind == "matmul" else "hidden"] != "*fp32"
+                kind = kind_of.get(launch.kernel.rpartition(".")[2], "logits")
+                half = "fp32" not in dict(launch.signature)["b" if kind == "matmul" else "hidden"]
                 options = dict(launch.options)
                 tile = tile_configs.TileConfig(
                     *(constants[name] for name in ("ROWS", "COLS", "DEPTH")),
@@ -142,9 +204,13 @@ def test_every_row_of_the_tile_table_is_audited() -> None:
                 audited.add((kind, half, tile))
         for (use, table_chip, family), tile in tile_configs._TABLE.items():
             if table_chip == chip:
-                kinds = {"matmul": ["matmul"], "unaligned": ["matmul", "logits"]}.get(
-                    use, ["logits"]
-                )
+                kinds = {
+                    "matmul": ["matmul", "products"],
+                    "certified": ["certified"],
+                    "pieces": ["pieces"],
+                    "pieces softcap": ["pieces"],
+                    "unaligned": ["matmul", "logits", "certified", "pieces", "products"],
+                }.get(use, ["logits"])
                 for kind in kinds:
                     assert (kind, family == "half", tile) in audited, (use, chip, family)
 
@@ -163,6 +229,8 @@ def test_kernels_with_all_flags_on_and_off(chip: str) -> None:
     check(f"gate_{chip}", reports)
     kernels = {report.launch.kernel.rpartition(".")[2] for report in reports}
     assert {"_partials_kernel", "_merge_kernel", "_dlogits_kernel", "_matmul_kernel"} <= kernels
+    assert {"_codes_kernel", "_rows_kernel", "_nuclei_kernel"} <= kernels
+    assert {"_dz_pieces_kernel", "_products_kernel"} <= kernels
 
 
 @pytest.mark.slow

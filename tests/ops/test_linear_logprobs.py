@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastpo
 from fastpo.kernels import backends, chunking, linear_logprobs_torch
@@ -76,7 +77,13 @@ def test_matches_float64(
     truth, truth_leaves = oracle(hidden, weight, labels, bias, transform)
     inputs = leaves(hidden, weight, bias)
     logps, stats = fastpo.linear_logprobs(
-        inputs[0], inputs[1], labels, inputs[2], return_stats=True, **transform._asdict()
+        inputs[0],
+        inputs[1],
+        labels,
+        inputs[2],
+        backward="exact",
+        return_stats=True,
+        **transform._asdict(),
     )
     raw = hidden.double() @ weight.double().t() + bias.double()
     z = LogitTransform(*transform).apply_(raw.clone())
@@ -111,7 +118,7 @@ def test_default_tiles_match_float64(dtype: torch.dtype, seed: int) -> None:
     hidden, weight, labels, _ = draw((700, 40, 4111), dtype, bias=False)
     truth, truth_leaves = oracle(hidden, weight, labels, None, LogitTransform())
     inputs = leaves(hidden, weight)
-    logps = fastpo.linear_logprobs(inputs[0], inputs[1], labels)
+    logps = fastpo.linear_logprobs(inputs[0], inputs[1], labels, backward="exact")
     assert float((logps.detach().double() - truth.detach()).abs().max()) <= 1e-4
     logps.sum().backward()
     truth.sum().backward()
@@ -318,23 +325,25 @@ def test_statistics_carry_no_gradient(seed: int) -> None:
 # ---- torch.library, torch.compile, autocast, precision switches
 
 
+@pytest.mark.parametrize("tol", [0.0, 2**-6])
 @pytest.mark.parametrize("want_stats", [False, True])
-def test_opcheck(want_stats: bool, seed: int) -> None:
+def test_opcheck(want_stats: bool, tol: float, seed: int) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         hidden, weight, labels, bias = draw((12, 5, 30), dtype)
         h, w, b = leaves(hidden, weight, bias)
         torch.library.opcheck(
             torch.ops.fastpo.linear_logprobs,
-            (h, w, labels, b, 1.1, 4.0, 0.9, -100, "auto", want_stats),
+            (h, w, labels, b, 1.1, 4.0, 0.9, -100, "auto", want_stats, tol, False),
         )
 
 
-def test_compiles_whole_and_once_for_every_length(seed: int) -> None:
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+def test_compiles_whole_and_once_for_every_length(backward: str, seed: int) -> None:
     torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def step(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
-        logps, stats = fastpo.linear_logprobs(h, w, labels, return_stats=True)
+        logps, stats = fastpo.linear_logprobs(h, w, labels, backward=backward, return_stats=True)
         return logps.sum() + stats.entropy.sum()
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
@@ -433,7 +442,7 @@ def test_a_planted_fault_is_seen(
     real_spans, real_pick = linear_logprobs_torch.spans, linear_logprobs_torch._pick_labels
     real_backward, real_slice = (
         linear_logprobs_torch.backward,
-        linear_logprobs_torch._vocabulary_slice,
+        linear_logprobs_torch.vocabulary_slice,
     )
     if fault == "zeroed gradient":
         monkeypatch.setattr(
@@ -456,7 +465,7 @@ def test_a_planted_fault_is_seen(
                 b = None if b is None else torch.cat([b, b.new_zeros(3)])
             return w, b
 
-        monkeypatch.setattr(linear_logprobs_torch, "_vocabulary_slice", padded)
+        monkeypatch.setattr(linear_logprobs_torch, "vocabulary_slice", padded)
     else:
         monkeypatch.setattr(
             linear_logprobs_torch,
@@ -492,7 +501,10 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, dict[str, object]]]:
         "softcap": (ValueError, "softcap: got 0", {"softcap": 0.0}),
         "temperature": (ValueError, "temperature: got -1", {"temperature": -1.0}),
         "scale": (ValueError, "logit_scale: got inf", {"logit_scale": math.inf}),
-        "backward": (ValueError, "backward: got 'fast', expected one of auto, exact", {"backward": "fast"}),
+        "backward": (ValueError, "backward: got 'fast', expected one of auto, exact, certified",
+                     {"backward": "fast"}),
+        "tol": (ValueError, r"tol: got 1.0, expected a number in \[0, 1\)", {"tol": 1.0}),
+        "negative tol": (ValueError, "tol: got -0.5", {"tol": -0.5}),
         "backend": (ValueError, "backend: got 'cuda'", {"backend": "cuda"}),
         "triton on cpu": (ValueError, "backend: got 'triton', but", {"backend": "triton", "hidden": h.double(),
                                                                      "weight": w.double()}),

@@ -1,0 +1,70 @@
+"""The promise of the certified backward, checked against probabilities computed once more."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpo.kernels.chunking import plan_tile, spans
+from fastpo.kernels.linear_logprobs_torch import LEAST_EXPONENT, logit_tile
+from fastpo.kernels.logit_transform import LogitTransform
+from fastpo.kernels.nucleus import block_rows, column_mask
+from fastpo.kernels.precision import accumulation_dtype, full_precision
+
+SLACK = 1e-3  # of tol, beside what rounding does to a sum of probabilities
+
+
+def dropped_masses(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    rows: Tensor,  # (n,) int64 into hidden, in block order
+    lse: Tensor,  # (n,)
+    columns: Tensor,  # (blocks, words) int32
+    counts: Tensor,  # (blocks,) int32
+    transform: LogitTransform,
+) -> Tensor:  # (n,)
+    """Probability of each row outside its block's columns: a pass over all logits, in tiles."""
+    dtype = accumulation_dtype(hidden.dtype)
+    vocab, height = weight.shape[0], block_rows(hidden.device)
+    dropped = hidden.new_zeros(rows.numel(), dtype=dtype)
+    with full_precision(hidden.device):
+        for block, places in enumerate(spans(rows.numel(), height)):
+            h = hidden[rows[places]].to(dtype)
+            left_out = ~column_mask(columns[block : block + 1], vocab)
+            left_out &= counts[block] < vocab
+            step = plan_tile(h.shape[0], vocab, h.shape[1], hidden.device, dtype).cols
+            for v in spans(vocab, step):
+                b = None if bias is None else bias[v].to(dtype)
+                z = logit_tile(h, weight[v].to(dtype), b, transform)
+                z.sub_(lse[places].unsqueeze(1)).clamp_(min=LEAST_EXPONENT[dtype])
+                dropped[places] += z.exp_().mul_(left_out[:, v]).sum(dim=1)
+    return dropped
+
+
+def check_certificate(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    lse: Tensor,
+    columns: Tensor,
+    counts: Tensor,
+    transform: LogitTransform,
+    tol: float,
+) -> None:
+    """Raise unless every row's dropped mass is at most ``tol``; arguments as ``dropped_masses`` has them.
+
+    Rows whose lse is not finite promise nothing: their gradient is not finite either.
+
+    Raises:
+        RuntimeError: a row loses more; it is named with its mass.
+    """
+    dropped = dropped_masses(hidden, weight, bias, rows, lse, columns, counts, transform)
+    dropped = torch.where(lse.isfinite(), dropped, 0.0)
+    if dropped.numel() and float(dropped.max()) > tol * (1 + SLACK) + 1e-6:
+        place = int(dropped.argmax())
+        raise RuntimeError(
+            f"certified backward: row {int(rows[place])} loses {float(dropped[place]):.3e} of its probability, "
+            f"more than tol {tol:.3e}"
+        )

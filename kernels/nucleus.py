@@ -1,0 +1,103 @@
+"""Nuclei of the certified backward: which entries of a softmax row count, and which columns a block recomputes.
+
+Row i has a nucleus S_i = {v : z_iv ≥ threshold_i} whose complement holds d_i ≤ tol of the probability. Rows
+are sorted by nucleus size and cut into blocks; a block's columns C are the union of its rows' nuclei and
+labels, a bit mask over the vocabulary. There the backward computes the exact gradient, elsewhere nothing:
+
+    dz_iv = c_i·(1[v = y_i] − p_iv) for v ∈ C, else 0     ‖error of dz_i‖₁ = |c_i|·Σ_{v ∉ C} p_iv ≤ tol·|c_i|
+
+The kept probabilities are not scaled up to sum to one: that would double the bound and, as it moves the largest
+entries of every row the same way, make the error of dW up to ten times larger (docs/performance.md).
+
+This file holds the masks, in plain tensor operations that serve every backend and read nothing from the device:
+``gather_blocks`` makes them from the rows' masks, ``column_mask`` reads them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 32
+# A block whose union reaches this share of the vocabulary takes all of it: gathering would cost more.
+DENSE_SHARE = 0.75
+
+# Rows of a block: the taller, the fewer gathers and scatters, but the larger the unions.
+BLOCK_ROWS = {"cpu": 128, "cuda": 128}
+
+
+class Nuclei(NamedTuple):
+    """What a forward decides for its backward: block b holds the rows at places b·height to (b+1)·height."""
+
+    order: Tensor  # (n,) int64: which kept row stands at each place
+    columns: Tensor  # (blocks, words) int32: bit v % 32 of word v // 32 says that the block recomputes column v
+    counts: Tensor  # (blocks,) int32: how many columns that are; V for a dense block
+    dropped: Tensor  # (n,) d_i as the forward measured it, ≤ tol, in the order of the kept rows
+
+
+def words(vocab: int) -> int:
+    """int32 words that hold one bit per column."""
+    return -(-vocab // WORD_BITS)
+
+
+def block_rows(device: torch.device) -> int:
+    """Rows of a block on ``device``."""
+    return BLOCK_ROWS["cuda" if device.type == "cuda" else "cpu"]
+
+
+def block_count(rows: int, device: torch.device) -> int:
+    """Blocks that ``rows`` rows make."""
+    return -(-rows // block_rows(device))
+
+
+def gather_blocks(
+    masks: Tensor,  # (n, words) int32, rows of one window: nucleus and label of each
+    sizes: Tensor,  # (n,) integer: nucleus sizes
+    height: int,
+    vocab: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort a window's rows by nucleus size and unite them: order (n,), columns (blocks, words), counts."""
+    order = torch.argsort(sizes, stable=True)
+    n, width = masks.shape
+    blocks = -(-n // height)
+    padded = masks.new_zeros(blocks * height, width)
+    torch.index_select(masks, 0, order, out=padded[:n])
+    unions = padded.view(blocks, height, width)
+    while unions.shape[1] > 1:
+        half = unions.shape[1] // 2
+        rest = unions[:, 2 * half :]
+        unions = unions[:, :half].bitwise_or(unions[:, half : 2 * half])
+        unions = torch.cat([unions, rest], dim=1) if rest.shape[1] else unions
+    columns = unions.squeeze(1)
+    counts = popcount(columns).sum(dim=1, dtype=torch.int32)
+    return order, columns, counts.masked_fill(counts >= DENSE_SHARE * vocab, vocab)
+
+
+def popcount(words_: Tensor) -> Tensor:
+    """Number of set bits of each int32, as int32."""
+    # Arithmetic shifts copy the sign: each mask below also drops those copies.
+    x = words_ - ((words_ >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return (x + (x >> 16)) & 0x3F
+
+
+def pack(mask: Tensor) -> Tensor:
+    """(n, V) bool → (n, words) int32."""
+    n, vocab = mask.shape
+    padding = words(vocab) * WORD_BITS - vocab
+    if padding:
+        mask = torch.nn.functional.pad(mask, (0, padding))
+    # Eight bytes 0 or 1 are one int64; the product collects them as bits, first byte lowest, in the top byte.
+    groups = mask.contiguous().view(torch.int64) * 0x0102040810204080
+    return (groups >> 56).to(torch.uint8).view(n, -1).view(torch.int32)
+
+
+def column_mask(columns: Tensor, vocab: int) -> Tensor:
+    """(blocks, words) int32 → (blocks, V) bool."""
+    bits = torch.arange(8, dtype=torch.uint8, device=columns.device)
+    spread = (columns.contiguous().view(torch.uint8).unsqueeze(-1) >> bits) & 1
+    return spread.view(columns.shape[0], -1)[:, :vocab].bool()
