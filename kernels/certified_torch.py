@@ -1,19 +1,25 @@
 """Certified sparse backward of ``linear_logprobs`` in PyTorch: gradients on the columns that carry probability.
 
 The forward makes the logits of a chunk of rows over the whole vocabulary and, while it has them, finds for each
-row the threshold below which at most ``tol`` of the probability lies. The backward makes the logits of a block
-of rows again on the block's columns alone (``nucleus``), and two products with as few columns:
+row the threshold below which at most ``tol`` of the probability lies. The backward takes a group of blocks
+(``nucleus``) and walks the columns that any of them needs, in the order of the smallest block that needs them, a
+piece at a time: those of the blocks that need something of the piece make their logits again, and two products:
 
-    dH_block = dz·W[columns]        dW[columns] += dzᵀ·H_block
+    dH[rows] += dz·W[piece]        dW[piece] += dzᵀ·H[rows]        dz zero outside each block's own union
 
-Cost: one product of n×V×H in the forward, 3ρ in the backward, ρ the share of (row, column) pairs that blocks
-touch. Passes over a chunk in the forward: about five for the softmax, three for each of ``STEPS`` looks at the
+Unions of growing size are nearly nested, so few pieces hold much that is not needed, W and dW are gathered once
+for the whole group, and the products are as tall as in the exact backward.
+
+Cost: one product of n×V×H in the forward, 3ρ in the backward, ρ the share of (row, column) pairs in such pieces.
+Passes over a chunk in the forward: about five for the softmax, three for each of ``STEPS`` looks at the
 threshold.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +34,9 @@ from .chunking import (
 from .linear_logprobs_torch import (
     LEAST_EXPONENT,
     ForwardResult,
+    add_products,
     add_tile_gradients,
+    dlogits_tile,
     labels_in_tile,
     row_block,
     vocabulary_slice,
@@ -237,8 +245,9 @@ def backward(
     d_weight = torch.zeros_like(weight) if need_weight else None
     d_bias = torch.zeros(vocab, dtype=dtype, device=device) if need_bias else None
     grad = grad.to(dtype)
-    plan = plan_certified_backward(width, device, dtype)
-    room = _Room(min(plan.gather_cols, vocab), width, weight.dtype, dtype, device)
+    plan = plan_certified_backward(width, block_rows(device), device, dtype)
+    groups = _groups(grad, counts, vocab, plan)
+    room = _Room(plan, width, weight.dtype, dtype, device)
     whole = [slice(0, vocab)]
     sliced = whole
     if need_weight and weight.dtype != dtype and (low_memory or n <= vocab):
@@ -249,27 +258,29 @@ def backward(
         if dh_out is not None and len(slices) > 1:
             wide = torch.zeros((n, width), dtype=dtype, device=device)
         db_out = d_bias if dw_out is not None or d_weight is None else None
+
+        def add(group: Group, v: slice, dw: Tensor | None) -> None:
+            places = group.places
+            h = hidden[rows[places]].to(dtype)
+            dh = None if dh_out is None else torch.zeros_like(h)
+            db = None if db_out is None else db_out[v]
+            inputs = h, weight, bias, v, labels[places], lse[places], grad[places], transform
+            if group.dense:
+                _add_all_columns(*inputs, dh, dw, db)
+            else:
+                _add_columns(*inputs, dh, dw, db, columns, counts, group, room)
+            if wide is not None and dh is not None:
+                wide.index_add_(0, places, dh)
+            elif dh_out is not None and dh is not None:
+                dh_out.index_copy_(0, rows[places], dh.to(dh_out.dtype))
+
         for v in slices:
             dw = None
             if dw_out is not None:
                 dw = dw_out[v]
                 dw = dw if dw.dtype == dtype else torch.zeros_like(dw, dtype=dtype)
-            db = None if db_out is None else db_out[v]
-            for places, cols in _blocks(grad, columns, counts, v, vocab, plan):
-                h = hidden[rows[places]].to(dtype)
-                dh = None if dh_out is None else torch.zeros_like(h)
-                of_rows = labels[places], lse[places], grad[places]
-                if cols is None:
-                    _add_all_columns(h, weight, bias, v, *of_rows, transform, dh, dw, db)
-                else:
-                    for c in spans(cols.numel(), plan.gather_cols):
-                        _add_columns(
-                            h, weight, bias, v, cols[c], *of_rows, transform, dh, dw, db, room
-                        )
-                if wide is not None and dh is not None:
-                    wide.index_add_(0, places, dh)
-                elif dh_out is not None and dh is not None:
-                    dh_out.index_copy_(0, rows[places], dh.to(dh_out.dtype))
+            for group in groups:
+                add(group, v, dw)
             if dw_out is not None and dw is not None and dw.dtype != dw_out.dtype:
                 dw_out[v] = dw.to(dw_out.dtype)
         if wide is not None and dh_out is not None:
@@ -284,44 +295,54 @@ def backward(
     return d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype)
 
 
+class Group(NamedTuple):
+    """Rows whose products are made together: those of a few blocks that have a coefficient."""
+
+    places: Tensor  # (R,) int64, block after block
+    blocks: Tensor  # (B,) int64, largest union first
+    starts: list[int]  # (B + 1): block k has the rows starts[k] to starts[k + 1] of the group
+    dense: bool  # every block takes all columns
+
+
 class _Room:
     """Room for gathered columns. Taken anew for each gather, its pages would cost more than the gather."""
 
     def __init__(
-        self, cols: int, width: int, narrow: torch.dtype, wide: torch.dtype, device: torch.device
+        self,
+        plan: CertifiedPlan,
+        width: int,
+        narrow: torch.dtype,
+        wide: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.weight = torch.empty((cols, width), dtype=narrow, device=device)
-        self.d_weight = torch.empty((cols, width), dtype=wide, device=device)
-        self.logits = torch.empty(cols * block_rows(device), dtype=wide, device=device)
+        self.weight = torch.empty((plan.piece_cols, width), dtype=narrow, device=device)
+        self.d_weight = torch.empty((plan.piece_cols, width), dtype=wide, device=device)
+        self.logits = torch.empty(plan.group_rows * plan.piece_cols, dtype=wide, device=device)
 
 
-def _blocks(
-    grad: Tensor, columns: Tensor, counts: Tensor, v: slice, vocab: int, plan: CertifiedPlan
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(places of rows with a coefficient, their columns within the slice ``v``; None: all of them)."""
+def _groups(grad: Tensor, counts: Tensor, vocab: int, plan: CertifiedPlan) -> list[Group]:
+    """The rows with a coefficient, blocks of similar union together, large ones first."""
     height = block_rows(grad.device)
     active = grad.nonzero().squeeze(1)
     block = torch.div(active, height, rounding_mode="floor")
-    dense = (counts == vocab)[block]
-    for places in active[dense].split(plan.dense_rows):
-        yield places, None
-    sparse, block = active[~dense], block[~dense]
-    if sparse.numel() == 0:
-        return
     numbers, lengths = block.unique_consecutive(return_counts=True)
-    for b, places in zip(numbers.tolist(), sparse.split(lengths.tolist()), strict=True):
-        words_ = columns[b : b + 1, v.start // WORD_BITS : words(v.stop)]
-        cols = column_mask(words_, v.stop - v.start).squeeze(0).nonzero().squeeze(1)
-        if cols.numel():
-            yield places, cols
+    places = active.split(lengths.tolist())
+    order = torch.argsort(counts[numbers], descending=True, stable=True)
+    groups = []
+    for of_group in order.split(plan.group_rows // height) if len(order) else ():
+        chosen = [places[k] for k in of_group.tolist()]
+        starts = [0, *itertools.accumulate(len(p) for p in chosen)]
+        blocks = numbers[of_group]
+        dense = bool((counts[blocks] == vocab).all())
+        groups.append(Group(torch.cat(chosen), blocks, starts, dense))
+    return groups
 
 
 def _add_columns(
-    h: Tensor,  # (R, H)
+    h: Tensor,  # (R, H) the group's rows
     weight: Tensor,  # (V, H)
     bias: Tensor | None,
-    v: slice,  # of the vocabulary, to which cols, dw and db are relative
-    cols: Tensor,  # (C,) int64, rising
+    v: slice,  # of the vocabulary, to which dw and db are relative
     labels: Tensor,
     lse: Tensor,
     grad: Tensor,
@@ -329,23 +350,56 @@ def _add_columns(
     dh: Tensor | None,  # (R, H)
     dw: Tensor | None,  # (v, H)
     db: Tensor | None,  # (v,)
+    columns: Tensor,  # (blocks, words) int32
+    counts: Tensor,  # (blocks,) int32
+    group: Group,
     room: _Room,
 ) -> None:
-    """The gradients' part that some columns have, gathered and put back."""
-    count = cols.numel()
-    w = torch.index_select(weight[v], 0, cols, out=room.weight[:count]).to(h.dtype)
-    b = None if bias is None else bias[v][cols].to(h.dtype)
-    label = labels - v.start
-    column = torch.searchsorted(cols, label).clamp_(max=count - 1)
-    inside = cols[column] == label
-    part_w = None if dw is None else torch.index_select(dw, 0, cols, out=room.d_weight[:count])
-    part_b = None if db is None else db[cols]
-    z = room.logits[: len(h) * count].view(len(h), count)
-    add_tile_gradients(h, w, b, column, inside, lse, grad, transform, dh, part_w, part_b, z)
-    if dw is not None and part_w is not None:
-        dw.index_copy_(0, cols, part_w)
-    if db is not None and part_b is not None:
-        db[cols] = part_b
+    """The part of the gradients that a group's columns have, piece by piece of these, gathered and put back."""
+    width = v.stop - v.start
+    needed = column_mask(columns[group.blocks, v.start // WORD_BITS : words(v.stop)], width)
+    needed |= (counts[group.blocks] == weight.shape[0]).unsqueeze(1)
+    smallest = torch.full((width,), -1, device=h.device)  # block that needs a column; −1: none
+    for k, of_block in enumerate(needed):
+        smallest.masked_fill_(of_block, k)
+    cols = torch.argsort(smallest, descending=True, stable=True)
+    cols = cols[: int((smallest >= 0).sum())]
+    position = torch.full((width + 1,), -1, device=h.device)
+    position[cols] = torch.arange(cols.numel(), device=h.device)
+    label = torch.where((labels >= v.start) & (labels < v.stop), labels - v.start, width)
+    at_label = position[label]  # among cols, −1 where the label is elsewhere
+
+    for piece in spans(cols.numel(), len(room.weight)):
+        c = cols[piece]
+        count = c.numel()
+        w = torch.index_select(weight[v], 0, c, out=room.weight[:count]).to(h.dtype)
+        b = None if bias is None else bias[v][c].to(h.dtype)
+        part_w = None if dw is None else torch.index_select(dw, 0, c, out=room.d_weight[:count])
+        part_b = None if db is None else db[c]
+        column = (at_label - piece.start).clamp_(0, count - 1)
+        inside = (at_label >= piece.start) & (at_label < piece.stop)
+        of_piece = needed[:, c]
+        for first, last in _runs(of_piece.any(dim=1).tolist()):
+            r = slice(group.starts[first], group.starts[last])
+            z = room.logits[: (r.stop - r.start) * count].view(-1, count)
+            dz = dlogits_tile(h[r], w, b, column[r], inside[r], lse[r], grad[r], transform, z)
+            for k in range(first, last):
+                if not of_piece[k].all():
+                    dz[group.starts[k] - r.start : group.starts[k + 1] - r.start].mul_(of_piece[k])
+            add_products(dz, h[r], w, None if dh is None else dh[r], part_w, part_b)
+        if dw is not None and part_w is not None:
+            dw.index_copy_(0, c, part_w)
+        if db is not None and part_b is not None:
+            db[c] = part_b
+
+
+def _runs(flags: list[bool]) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of each run of true flags."""
+    places = itertools.groupby(range(len(flags)), flags.__getitem__)
+    for flag, run in places:
+        if flag:
+            of_run = list(run)
+            yield of_run[0], of_run[-1] + 1
 
 
 def _add_all_columns(

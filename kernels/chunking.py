@@ -14,10 +14,11 @@ import torch
 
 MIB = 1024 * 1024
 CUDA_BUDGET_BYTES = 512 * MIB
-CPU_BUDGET_BYTES = 64 * MIB
+CPU_BUDGET_BYTES = 80 * MIB
 # Several element-wise passes stream over a tile: on a CPU it pays to keep it near the last-level cache.
 CPU_TILE_BYTES = 8 * MIB
 ALIGNMENT = 64
+GROUP_ROWS = 4096  # of the certified backward: beyond it, products no longer gain
 
 
 class Tile(NamedTuple):
@@ -65,29 +66,34 @@ class CertifiedForwardPlan(NamedTuple):
 class CertifiedPlan(NamedTuple):
     """How the certified backward walks blocks and columns."""
 
-    gather_cols: int  # columns of a block gathered at a time
+    group_rows: int  # rows of whole blocks whose products are made together
+    piece_cols: int  # of a group's columns gathered at a time
     slice_cols: int  # columns whose wide dW is held, where it cannot be summed up in place
-    dense_rows: int  # rows that take all columns, at a time
 
 
 def plan_certified_forward(
     n: int, vocab: int, width: int, height: int, device: torch.device, dtype: torch.dtype
 ) -> CertifiedForwardPlan:
-    """Six eighths of the budget for a chunk and its hidden rows, half of one for a tile, one for a window."""
-    eighth = budget_bytes(device) // 8
+    """Thirteen sixteenths of the budget for a chunk and its hidden rows, one for a tile, two for a window."""
+    sixteenth = budget_bytes(device) // 16
     row = vocab * dtype.itemsize
-    chunk = max(1, 6 * eighth // (row + width * dtype.itemsize))
+    chunk = max(1, 13 * sixteenth // (row + width * dtype.itemsize))
     chunk = max(1, -(-n // max(1, -(-n // chunk))))  # equal chunks: a short one multiplies slowly
-    tile = max(1, min(chunk, eighth // 2 // row))
-    window = max(1, eighth // (-(-vocab // 32) * 4 * height)) * height
+    tile = max(1, min(chunk, sixteenth // row))
+    window = max(1, 2 * sixteenth // (-(-vocab // 32) * 4 * height)) * height
     return CertifiedForwardPlan(chunk, tile, max(1, min(n, window)))
 
 
-def plan_certified_backward(width: int, device: torch.device, dtype: torch.dtype) -> CertifiedPlan:
-    """An eighth of the budget each for gathered rows of W, of dW and dense rows; half for a slice of dW."""
-    eighth = budget_bytes(device) // 8
-    rows = max(1, eighth // (width * dtype.itemsize))
-    return CertifiedPlan(rows, max(1, 4 * rows // 32) * 32, rows)
+def plan_certified_backward(
+    width: int, height: int, device: torch.device, dtype: torch.dtype
+) -> CertifiedPlan:
+    """An eighth of the budget each for rows of H and for their dH; half of one each for gathered rows of W, for
+    those of dW and for a tile of logits; four for a slice of dW."""
+    eighth = budget_bytes(device) // 8 // dtype.itemsize
+    rows = max(1, eighth // width)
+    group = max(1, min(rows, GROUP_ROWS) // height) * height
+    piece = max(1, min(rows // 2, eighth // 2 // group))
+    return CertifiedPlan(group, piece, max(1, 4 * rows // 32) * 32)
 
 
 def spans(length: int, step: int) -> Iterator[slice]:

@@ -217,7 +217,23 @@ def add_tile_gradients(
     db: Tensor | None,  # (C,)
     room: Tensor | None = None,  # (R, C), to be overwritten
 ) -> None:
-    """Make a tile of logits again and dz = grad·(1[v = y] − p)·dz/du; add its products to dh, dw and db."""
+    """Make a tile of logits again and dz; add its products to dh, dw and db."""
+    dz = dlogits_tile(h, w, b, column, inside, lse, grad, transform, room)
+    add_products(dz, h, w, dh, dw, db)
+
+
+def dlogits_tile(
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    column: Tensor,
+    inside: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    transform: LogitTransform,
+    room: Tensor | None = None,
+) -> Tensor:
+    """dz = grad·(1[v = y] − p)·dz/du (R, C) of a tile whose logits are made again."""
     z = logit_tile(h, w, b, transform, room)
     slope = transform.derivative(z)
     dz = (
@@ -229,6 +245,18 @@ def add_tile_gradients(
     _add_at_labels(dz, column, inside, grad)
     if isinstance(slope, Tensor) or slope != 1.0:
         dz.mul_(slope)
+    return dz
+
+
+def add_products(
+    dz: Tensor,  # (R, C)
+    h: Tensor,  # (R, H)
+    w: Tensor,  # (C, H)
+    dh: Tensor | None,  # (R, H)
+    dw: Tensor | None,  # (C, H)
+    db: Tensor | None,  # (C,)
+) -> None:
+    """dh += dz·w, dw += dzᵀ·h and db += Σ_rows dz, of those that are wanted."""
     if dh is not None:
         dh.addmm_(dz, w)
     if dw is not None:

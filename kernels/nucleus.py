@@ -25,7 +25,7 @@ WORD_BITS = 32
 DENSE_SHARE = 0.75
 
 # Rows of a block: the taller, the fewer gathers and scatters, but the larger the unions.
-BLOCK_ROWS = {"cpu": 128, "cuda": 128}
+BLOCK_ROWS = {"cpu": 64, "cuda": 128}
 
 
 class Nuclei(NamedTuple):

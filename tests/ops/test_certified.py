@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastpo
-from fastpo.kernels import certified_torch, chunking, nucleus
+from fastpo.kernels import certified_torch, chunking, linear_logprobs_torch, nucleus
 from fastpo.kernels.logit_transform import LogitTransform
 
 HEIGHT = 8
@@ -33,7 +33,7 @@ ROUNDING = {
 
 @pytest.fixture
 def low_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of eight rows, windows of two blocks, chunks that fit neither, and slices of 32 columns."""
+    """Blocks of eight rows, windows of two, groups of four, chunks that fit neither, slices of 32 columns."""
     monkeypatch.setitem(nucleus.BLOCK_ROWS, "cpu", HEIGHT)
     forward, backward = chunking.plan_certified_forward, chunking.plan_certified_backward
 
@@ -43,10 +43,15 @@ def low_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def few_columns(*args: Any) -> chunking.CertifiedPlan:
         backward(*args)
-        return chunking.CertifiedPlan(7, 32, 5)
+        return chunking.CertifiedPlan(4 * HEIGHT, 7, 32)
 
     monkeypatch.setattr(certified_torch, "plan_certified_forward", few_rows)
     monkeypatch.setattr(certified_torch, "plan_certified_backward", few_columns)
+
+
+def patch_tiles(monkeypatch: pytest.MonkeyPatch, dlogits_tile: Any) -> None:
+    for module in (certified_torch, linear_logprobs_torch):
+        monkeypatch.setattr(module, "dlogits_tile", dlogits_tile)
 
 
 def logits64(
@@ -336,13 +341,11 @@ def test_rows_without_a_coefficient_cost_nothing(
 ) -> None:
     inputs, labels, coefficient = draw()
     seen = []
-    real = certified_torch.add_tile_gradients
-    monkeypatch.setattr(
-        certified_torch, "add_tile_gradients", lambda h, *a: (seen.append(len(h)), real(h, *a))
-    )
+    real = certified_torch.dlogits_tile
+    patch_tiles(monkeypatch, lambda h, *a: (seen.append(len(h)), real(h, *a))[1])
     coefficient[5:] = 0.0
     got = gradients(inputs, labels, coefficient, backward="certified", tol=2**-6)
-    assert max(seen) <= 5
+    assert 0 < max(seen) <= 5
     truth = oracle(inputs, labels, coefficient, 2**-6, LogitTransform())
     assert relative(got[1], truth[1]) <= 1e-5
     seen.clear()
@@ -459,17 +462,17 @@ def test_a_planted_fault_is_seen(
         real = certified_torch.gather_blocks
         monkeypatch.setattr(certified_torch, "gather_blocks", lambda *a: plant(real, *a))
     elif fault == "scaled up":  # the kept probabilities made to sum to one
-        real_tile = certified_torch.add_tile_gradients
+        real_tile = certified_torch.dlogits_tile
 
         def renormalised(h, w, b, column, inside, lse, *rest):  # type: ignore[no-untyped-def]
             kept = torch.logsumexp(h @ w.t() + b, dim=1)
             return real_tile(h, w, b, column, inside, torch.minimum(lse, kept), *rest)
 
-        monkeypatch.setattr(certified_torch, "add_tile_gradients", renormalised)
+        patch_tiles(monkeypatch, renormalised)
         monkeypatch.setattr(
             certified_torch,
             "plan_certified_backward",
-            lambda *a: chunking.CertifiedPlan(999, 32, 5),
+            lambda *a: chunking.CertifiedPlan(HEIGHT, 999, 32),
         )
     else:
         real_search = certified_torch.nucleus_thresholds
