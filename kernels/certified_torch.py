@@ -2,17 +2,17 @@
 
 The forward makes the logits of a chunk of rows over the whole vocabulary and, while it has them, finds for each
 row the threshold below which at most ``tol`` of the probability lies. The backward takes a group of blocks
-(``nucleus``) and walks the columns that any of them needs, in the order of the smallest block that needs them, a
-piece at a time: those of the blocks that need something of the piece make their logits again, and two products:
+(``nucleus``) and walks the columns that any of them needs, in the order of the smallest block that needs them,
+a piece at a time: the blocks that need some of a piece make their logits on it again, and two products:
 
     dH[rows] += dz·W[piece]        dW[piece] += dzᵀ·H[rows]        dz zero outside each block's own union
 
 Unions of growing size are nearly nested, so few pieces hold much that is not needed, W and dW are gathered once
 for the whole group, and the products are as tall as in the exact backward.
 
-Cost: one product of n×V×H in the forward, 3ρ in the backward, ρ the share of (row, column) pairs in such pieces.
-Passes over a chunk in the forward: about five for the softmax, three for each of ``STEPS`` looks at the
-threshold.
+Cost: one product of n×V×H in the forward, 3ρ in the backward, ρ the share of (row, column) pairs in the pieces
+that are made. Passes over a chunk in the forward: about five for the softmax, three for each of ``STEPS`` looks
+at the threshold.
 """
 
 from __future__ import annotations
