@@ -30,6 +30,11 @@ LEFT_OUT = "the time was up"
 
 Result = dict[str, Any]
 
+# Rivals that are so many times slower than the fastest take part in every k-th round, to leave time for the rest;
+# where even that is short, they could as well take part in all.
+SELDOM = ((10.0, 1_000_000), (3.0, 3))
+QUICK_SECONDS = 0.5
+
 
 def measure(
     case: Case,
@@ -78,7 +83,9 @@ def measure(
             steps[f"{rival.name} forward"] = functools.partial(attempt, problem, False)
         steps[f"{rival.name} step"] = functools.partial(attempt, problem, True)
     say(f"{case.name}: {case.rounds} rounds of {len(steps)} steps")
-    timings = interleaved(steps, case.rounds, device=device, expired=expired, warm=True)
+    timings = interleaved(
+        steps, case.rounds, device=device, expired=expired, warm=True, seldom=_seldom(results)
+    )
     record["G_seconds"] = timings.seconds["G"]
     for result in results:
         for kind in ("forward", "step"):
@@ -213,7 +220,9 @@ def _first_runs(
             if truths is not None:
                 result["errors"] = truths.errors(rival, outcome)
             del outcome
+            start = time.perf_counter()
             result["extra_bytes"] = _extra_bytes(attempt, problem)
+            result["second_seconds"] = time.perf_counter() - start
             attempts[rival.name] = attempt
         except Absent as absence:
             result |= {"status": "absent", "reason": str(absence)}
@@ -222,6 +231,19 @@ def _first_runs(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return results, attempts
+
+
+def _seldom(results: Sequence[Result]) -> dict[str, int]:
+    """Name of a step → in every how many rounds it takes part, by how long the rivals' second runs took."""
+    seconds = {r["rival"]: r["second_seconds"] for r in results if "second_seconds" in r}
+    fastest = min(seconds.values(), default=0.0)
+    found = {}
+    for rival, taken in seconds.items():
+        for times, every in SELDOM:
+            if taken > max(times * fastest, QUICK_SECONDS):
+                found |= {f"{rival} forward": every, f"{rival} step": every}
+                break
+    return found
 
 
 def _extra_bytes(attempt: Attempt, problem: Problem) -> int:

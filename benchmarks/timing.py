@@ -40,6 +40,7 @@ def interleaved(
     device: torch.device = CPU,
     expired: Callable[[], bool] = lambda: False,
     warm: bool = False,
+    seldom: Mapping[str, int] | None = None,
 ) -> Timings:
     """Time ``steps`` in ``rounds`` rounds of one run each.
 
@@ -49,11 +50,12 @@ def interleaved(
         device: where the steps compute.
         expired: asked before each step; once true, timing ends, and an incomplete round does not count.
         warm: the steps have run already; else one more round comes first that is not counted.
+        seldom: name → k for slow steps that take part in the first and then every k-th counted round only.
     """
     timings = Timings({name: [] for name in steps})
     gc.disable()  # a collection in the middle of a step would count as its time
     try:
-        _run_rounds(timings, steps, rounds, device, expired, warm)
+        _run_rounds(timings, steps, rounds, device, expired, warm, seldom or {})
     finally:
         gc.enable()
     return timings
@@ -66,13 +68,14 @@ def _run_rounds(
     device: torch.device,
     expired: Callable[[], bool],
     warm: bool,
+    seldom: Mapping[str, int],
 ) -> None:
     clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
-    for count in range(rounds + (not warm)):
+    for count in range(0 if warm else -1, rounds):  # round −1 is not counted
         gc.collect()
         round_: dict[str, float] = {}
         for name, step in steps.items():
-            if name in timings.failures:
+            if name in timings.failures or (count > 0 and count % seldom.get(name, 1)):
                 continue
             if expired():
                 return
@@ -81,7 +84,7 @@ def _run_rounds(
             except Exception as error:  # one of them must not cost the others their run
                 timings.failures[name] = reason(error)
                 del timings.seconds[name]
-        if warm or count:
+        if count >= 0:
             for name, seconds in round_.items():
                 timings.seconds[name].append(seconds)
 

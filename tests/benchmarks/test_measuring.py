@@ -41,6 +41,30 @@ def test_rounds_are_interleaved_and_the_first_is_not_counted() -> None:
     assert "".join(order) == "ABCABC"
 
 
+def test_slow_steps_take_part_seldom() -> None:
+    order: list[str] = []
+    steps = {name: lambda name=name: order.append(name) for name in "ABC"}
+    timings = interleaved(steps, 4, seldom={"B": 3, "C": 1_000_000})
+    assert "".join(order) == "ABC" + "ABC" + "A" + "A" + "AB"
+    assert {name: len(seconds) for name, seconds in timings.seconds.items()} == {
+        "A": 4,
+        "B": 2,
+        "C": 1,
+    }
+    results = [
+        {"rival": name, "second_seconds": seconds}
+        for name, seconds in {"quick": 1.0, "fair": 2.9, "slow": 3.1, "hopeless": 11.0}.items()
+    ]
+    assert measure._seldom([*results, {"rival": "absent"}]) == {
+        "slow forward": 3,
+        "slow step": 3,
+        "hopeless forward": 1_000_000,
+        "hopeless step": 1_000_000,
+    }
+    small = [{"rival": r["rival"], "second_seconds": r["second_seconds"] / 100} for r in results]
+    assert measure._seldom(small) == {}
+
+
 def test_a_round_that_is_not_complete_does_not_count() -> None:
     answers = iter([False] * 5 + [True])  # two whole rounds of two, then half of one
     steps = {"A": lambda: None, "B": lambda: None}
