@@ -30,8 +30,8 @@ LEFT_OUT = "the time was up"
 
 Result = dict[str, Any]
 
-# (times, k): a rival so many times slower than the fastest takes part in every k-th round, to leave time for the
-# others, unless it is quick even so.
+# (times, k): a rival so many times slower than the fastest takes part in every k-th round, to leave time for
+# the others, unless it is quick even so.
 SELDOM = ((10.0, 1_000_000), (3.0, 3))
 QUICK_SECONDS = 0.5
 
