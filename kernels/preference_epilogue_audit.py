@@ -21,7 +21,7 @@ def audit_cases() -> Iterator[AuditCase]:
     """Everything that changes what is compiled; the gate takes the solver alone, and all flags off and on."""
     for n in SIZES:
         gaps = torch.zeros(n, dtype=torch.float64)
-        yield AuditCase(f"margins {n}", True, partial(exact_margins, gaps, 1.0, 1.0))
+        yield AuditCase(f"solve_margins {n}", True, partial(exact_margins, gaps, 1.0, 1.0))
     for n, layout in product(SIZES, LAYOUTS):
         for _, on in flag_combinations("margins", "reference", "odd"):
             flags = "".join(f" +{flag}" for flag, value in on.items() if value)

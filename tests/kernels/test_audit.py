@@ -26,6 +26,13 @@ from fastpo.kernels import (
 from fastpo.kernels.audit import CHIPS, AuditCase, Report
 
 ARTEFACTS = Path(__file__).parents[2] / "artefacts" / "kernel_audit"
+PARTS = (
+    "torch.float32",
+    "torch.bfloat16",
+    "torch.float16",
+    "solve_margins",
+    "epilogue",
+)  # of the full audit
 pytestmark = pytest.mark.skipif(tile_configs.INTERPRETED, reason="compiles kernels")
 
 
@@ -236,16 +243,13 @@ def test_kernels_with_all_flags_on_and_off(chip: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize(
-    "match", ["torch.float32", "torch.bfloat16", "torch.float16", "margins", "epilogue"]
-)
+@pytest.mark.parametrize("match", PARTS)
 def test_every_configuration(chip: str, match: str) -> None:
     check(f"full_{chip}_{match}", audit.audit([chip], match))
 
 
 @pytest.mark.slow
 def test_full_audit_leaves_no_case_out() -> None:
-    matches = ("torch.float32", "torch.bfloat16", "torch.float16", "margins", "epilogue")
     for module in audit.modules():
         for case in module.audit_cases():
-            assert sum(match in case.name for match in matches) == 1, case.name
+            assert sum(match in case.name for match in PARTS) == 1, case.name
