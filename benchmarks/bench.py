@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -96,8 +97,7 @@ def run(
     cases = case_set(name, device.type)
     document = new_document(name, device, minutes=minutes, only=only, skip=skip, rounds=rounds)
     print(title(document["environment"]))
-    if states is None:
-        own_states()
+    document["states"] = describe_states(states)
     budget = Budget(minutes, clock)
     run_cases(
         cases, document, out, budget, device=device, chosen=chosen, states=states, rounds=rounds
@@ -121,14 +121,21 @@ def choice(only: Sequence[str], skip: Sequence[str]) -> Callable[[str], bool]:
     return lambda name: name not in skip and (not only or name in only)
 
 
-def own_states() -> None:
-    """Make the states of the lm workload before the clock runs, if they are not cached."""
+def describe_states(states: Path | None) -> dict[str, Any]:
+    """Whose states the lm workload has; the project's own are made, if not cached, before the clock runs."""
+    path = own_states() if states is None else states
+    return {"own": states is None, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def own_states() -> Path:
+    """The file of the project's own states."""
     from .lm_states import states_file
 
     start = time.monotonic()
     path = states_file(seed=0)
     if time.monotonic() - start > 5:
         print(f"the model behind the lm workload was trained, once: {path}")
+    return path
 
 
 def new_document(name: str, device: torch.device, **arguments: object) -> dict[str, Any]:

@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = document["environment"].get("gpu", "cpu-dry-run").lower().replace(" ", "-")
     out = args.out / f"gpu-pass-{where}.json"
     print(bench.title(document["environment"]))
-    if args.states is None:
-        bench.own_states()
+    document["states"] = bench.describe_states(args.states)
 
     budget = bench.Budget(args.minutes)
     waiting = checks(device)

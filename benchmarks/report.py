@@ -89,6 +89,9 @@ def _section(stem: str, document: dict[str, Any], out: Path) -> list[str]:
         "inputs and gradients. G is one N×V×H product over the labelled tokens in the same dtype.",
         "",
     ]
+    if states := document.get("states"):
+        origin = "the project's own model" if states["own"] else "a file that was given"
+        lines += [f"States of the lm workload: {origin}, SHA-256 {states['sha256'][:16]}….", ""]
     checks = document.get("checks", [])
     if checks:
         wrong = [check["name"] for check in checks if not check["ok"]]
@@ -217,8 +220,9 @@ def _plot_accuracy(measured: list[dict[str, Any]], path: Path) -> bool:
                 markersize=6,
                 alpha=0.85,
             )
+        axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter("{x:g}")
         _dress(axes, f"Accuracy and time; {dtype}", "forward + backward, G", "relative error of dH")
     from matplotlib.lines import Line2D
 

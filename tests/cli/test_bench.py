@@ -34,7 +34,9 @@ def test_a_mistake_is_told_in_one_line(argv, told, capsys) -> None:
 
 
 def test_a_run_and_its_report(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(bench, "own_states", lambda: None)
+    states = tmp_path / "states"
+    states.write_bytes(b"abc")
+    monkeypatch.setattr(bench, "own_states", lambda: states)
     case = Case("main", 64, 16, 97, None, length=8, rounds=4)
     monkeypatch.setitem(SETS, "quick", (case,))
     out = tmp_path / "quick.json"
@@ -47,9 +49,14 @@ def test_a_run_and_its_report(tmp_path: Path, monkeypatch, capsys) -> None:
     document = json.loads(out.read_text(encoding="utf-8"))
     (record,) = document["cases"]
     assert [len(r["step_seconds"]) for r in record["results"]] == [2, 2, 2]
+    assert document["states"] == {
+        "own": True,
+        "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+    }
     assert document["arguments"]["only"] == ["eager", "fastpo-certified", "fastpo-exact"]
 
     assert main(["bench", "--report", str(out), "--out", str(tmp_path / "page")]) == 0
     page = Path(capsys.readouterr().out.strip())
     assert page == tmp_path / "page/report.md"
+    assert "the project's own model, SHA-256 ba7816bf8f01cfea…." in page.read_text(encoding="utf-8")
     assert "| fastpo-certified | " in page.read_text(encoding="utf-8")
