@@ -131,11 +131,8 @@ def own_states() -> Path:
     """The file of the project's own states."""
     from .lm_states import states_file
 
-    start = time.monotonic()
-    path = states_file(seed=0)
-    if time.monotonic() - start > 5:
-        print(f"the model behind the lm workload was trained, once: {path}")
-    return path
+    print("states of the lm workload: cached, or trained now, once, in a few minutes", flush=True)
+    return states_file(seed=0)
 
 
 def new_document(name: str, device: torch.device, **arguments: object) -> dict[str, Any]:

@@ -237,7 +237,7 @@ def _seldom(results: Sequence[Result]) -> dict[str, int]:
     """Name of a step → in every how many rounds it takes part, by how long the rivals' second runs took."""
     seconds = {r["rival"]: r["second_seconds"] for r in results if "second_seconds" in r}
     fastest = min(seconds.values(), default=0.0)
-    found = {}
+    found: dict[str, int] = {}
     for rival, taken in seconds.items():
         for times, every in SELDOM:
             if taken > max(times * fastest, QUICK_SECONDS):

@@ -15,6 +15,7 @@ _HOMES = {
     "linear_logprobs": "fastpo.ops.linear_logprobs",
     "shift_labels": "fastpo.ops.linear_logprobs",
     "TokenStats": "fastpo.ops.linear_logprobs",
+    "noisy_linear_logprobs": "fastpo.ops.noisy_linear_logprobs",
     "philox_normal": "fastpo.ops.philox",
     "sequence_logprobs": "fastpo.ops.sequence_logprobs",
     "solve_margins": "fastpo.margins",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from fastpo.losses import PreferenceLoss, PreferenceOutput
     from fastpo.margins import DynamicMargin, solve_margins
     from fastpo.ops.linear_logprobs import TokenStats, linear_logprobs, shift_labels
+    from fastpo.ops.noisy_linear_logprobs import noisy_linear_logprobs
     from fastpo.ops.philox import philox_normal
     from fastpo.ops.sequence_logprobs import sequence_logprobs
     from fastpo.trainer import PreferenceConfig, PreferenceTrainer
@@ -47,6 +49,7 @@ __all__ = [
     "fused_head",
     "linear_logprobs",
     "model_logprobs",
+    "noisy_linear_logprobs",
     "philox_normal",
     "sequence_logprobs",
     "shift_labels",

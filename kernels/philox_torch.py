@@ -18,11 +18,16 @@ import math
 import torch
 from torch import Tensor
 
+from .chunking import spans
+
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 LANES = 4  # normals of one counter
+COUNTERS = (
+    2**15
+)  # drawn at a time, about 3 MiB of words: they stay in a cache, and small beside a tile
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -69,17 +74,23 @@ def normals(seed: int, token: Tensor, column: Tensor) -> Tensor:
     return torch.where(lane % 2 == 1, other, first)
 
 
-def normal_tile(seed: int, token: Tensor, first: int, last: int) -> Tensor:
-    """(R, last − first) normals of tokens (R,) and the vocabulary entries from ``first`` to ``last`` − 1."""
+def normal_tile(
+    seed: int, token: Tensor, first: int, last: int, out: Tensor | None = None
+) -> Tensor:
+    """Normals (R, last − first) of tokens (R,) and the vocabulary entries from ``first`` to ``last`` − 1.
+
+    They are float32, and converted to the dtype of ``out`` where that is given.
+    """
     start = first // LANES
     groups = torch.arange(start, -(-last // LANES), device=token.device)
-    words = philox(_counter(token.unsqueeze(1), groups), seed)
-    shape = token.numel(), groups.numel()
-    lanes = torch.empty((*shape, LANES), dtype=torch.float32, device=token.device)
-    for k in (0, 2):
-        pair = (words[k].expand(shape), words[k + 1].expand(shape))
-        lanes[..., k], lanes[..., k + 1] = normal_pair(*pair)
-    return lanes.view(shape[0], -1)[:, first - start * LANES : last - start * LANES]
+    if out is None:
+        out = torch.empty((token.numel(), last - first), dtype=torch.float32, device=token.device)
+    for r in spans(token.numel(), max(1, COUNTERS // groups.numel())):
+        words = philox(_counter(token[r].unsqueeze(1), groups), seed)
+        lanes = [lane for k in (0, 2) for lane in normal_pair(words[k], words[k + 1])]
+        both = torch.stack(lanes, dim=-1).flatten(1)
+        out[r] = both[:, first - start * LANES : last - start * LANES]
+    return out
 
 
 def _counter(token: Tensor, group: Tensor) -> Words:

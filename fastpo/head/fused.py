@@ -28,7 +28,8 @@ from transformers.utils import ModelOutput
 from fastpo.head.causal_lm import find_causal_lm, linear_layers
 from fastpo.head.fallback import chunked_logprobs
 from fastpo.head.tail import Tail, probe_tail
-from fastpo.ops.linear_logprobs import TokenStats, kept_rows, linear_logprobs
+from fastpo.ops.arguments import kept_rows
+from fastpo.ops.linear_logprobs import TokenStats, linear_logprobs
 
 # The model decides on scale and softcap; the labels come with each call.
 OPTIONS = {

@@ -1,13 +1,13 @@
 """``linear_logprobs``: per-token log-probabilities straight from hidden states and the LM head.
 
-This file holds what is the same for every backend: validation, dropping of rows without a label, and the
-registration with ``torch.library``. The arithmetic is in ``fastpo.kernels.linear_logprobs_torch`` and
-``fastpo.kernels.linear_logprobs_triton``.
+This file holds what is the same for every backend: dropping of rows without a label and the registration with
+``torch.library``. Arguments are checked in ``arguments``. The arithmetic is in
+``fastpo.kernels.linear_logprobs_torch`` and ``fastpo.kernels.linear_logprobs_triton``, that of the certified
+backward in ``fastpo.kernels.certified_torch`` and ``fastpo.kernels.certified_triton``.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 from fastpo.kernels.backends import choose_backend, linear_logprobs_module
 from fastpo.kernels.logit_transform import LogitTransform
 from fastpo.kernels.nucleus import Nuclei, block_count, block_rows, words
-from fastpo.kernels.precision import LOW_PRECISION, TORCH_DTYPES, accumulation_dtype
+from fastpo.kernels.precision import LOW_PRECISION, accumulation_dtype
 
+from .arguments import check_arguments, check_tensors, kept_rows, under_autocast
 from .certificate import check_certificate
 from .checks import check_everything
 from .differentiable_once import refuse_double_backward
@@ -154,11 +155,9 @@ def linear_logprobs(
     """
     if backward not in BACKWARDS:
         raise ValueError(f"backward: got {backward!r}, expected one of {', '.join(BACKWARDS)}")
-    _check_tensors(hidden=hidden, weight=weight, labels=labels, bias=bias)
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden, weight = _autocast(hidden), _autocast(weight)
-        bias = None if bias is None else _autocast(bias)
-    _check_arguments(hidden, weight, labels, bias, logit_scale, softcap, temperature)
+    check_tensors(bias=bias, hidden=hidden, weight=weight, labels=labels)
+    hidden, weight, bias = under_autocast(hidden, weight, bias)
+    check_arguments(hidden, weight, labels, bias, logit_scale, softcap, temperature)
     if not 0.0 <= tol < 1.0:
         raise ValueError(f"tol: got {tol}, expected a number in [0, 1)")
     choose_backend(backend, hidden.device, hidden.dtype)
@@ -220,91 +219,6 @@ def shift_labels(input_ids: Tensor, completion_mask: Tensor, *, ignore_index: in
         completion_mask[..., 1:].bool(), input_ids[..., 1:], ignore_index
     )
     return labels
-
-
-def _check_tensors(bias: Tensor | None, **required: Tensor) -> None:
-    if not (bias is None or isinstance(bias, Tensor)):
-        raise TypeError(f"bias: got {type(bias).__name__}, expected a tensor or None")
-    for name, value in required.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _check_arguments(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-) -> None:
-    if hidden.dtype not in TORCH_DTYPES:
-        raise TypeError(
-            f"hidden: got dtype {hidden.dtype}, expected float32, bfloat16, float16 or float64"
-        )
-    if hidden.dim() == 0:
-        raise ValueError("hidden: got a scalar, expected shape (..., H)")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, expected (V, {hidden.shape[-1]}) with V ≥ 1 "
-            f"for hidden {tuple(hidden.shape)}"
-        )
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"labels: got shape {tuple(labels.shape)}, expected {tuple(hidden.shape[:-1])} "
-            f"for hidden {tuple(hidden.shape)}"
-        )
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: got dtype {labels.dtype}, expected torch.int64")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},) as weight has rows"
-        )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(
-                f"{name}: got dtype {tensor.dtype}, expected that of hidden, {hidden.dtype}"
-            )
-    for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(
-                f"{name}: got device {tensor.device}, expected that of hidden, {hidden.device}"
-            )
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale: got {logit_scale}, expected a finite number")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap: got {softcap}, expected a finite number > 0, or None")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: got {temperature}, expected a finite number > 0")
-
-
-def kept_rows(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, int]:
-    """Indices of the rows that carry a label, first in an (N,) tensor, and how many they are.
-
-    The one host read of a forward; it also carries how many labels are out of range.
-
-    Raises:
-        ValueError: a label that is neither ``ignore_index`` nor in [0, vocab).
-    """
-    kept = labels != ignore_index
-    bad = kept & ((labels < 0) | (labels >= vocab))
-    # A stable sort puts the kept rows first without a data-dependent shape, hence without a second read.
-    rows = torch.sort(~kept, stable=True).indices
-    count, bad_count = torch.stack([kept.sum(), bad.sum()]).tolist()
-    if bad_count:
-        first = int(bad.nonzero()[0])
-        raise ValueError(
-            f"labels: {bad_count} of {count} outside [0, {vocab}) and not ignore_index {ignore_index}; "
-            f"the first is {int(labels[first])} at flat position {first}"
-        )
-    return rows, count
 
 
 @torch.library.custom_op("fastpo::linear_logprobs", mutates_args=())
