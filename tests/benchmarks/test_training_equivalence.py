@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -105,6 +106,43 @@ def test_tables_compare_seed_by_seed() -> None:
     )
     assert coarse.startswith("| coarse | 0.0625 | ")
     assert "| 1 | certified | 2.00100 |" in study.ends_table(document).splitlines()
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    return json.loads(study.RESULTS.read_text("utf-8"))
+
+
+def test_the_page_shows_the_committed_results(committed: dict[str, Any]) -> None:
+    page = study.PAGE.read_text("utf-8")
+    for name, table in study.tables(committed).items():
+        assert f"<!-- {name} -->\n{table}\n<!-- end {name} -->" in page
+    assert study.PLOT.name in page
+    assert study.PLOT.is_file()
+
+
+def test_the_committed_results_are_of_the_present_settings(committed: dict[str, Any]) -> None:
+    assert committed["steps"] == 300
+    assert committed["sizes"] == dataclasses.asdict(study.Sizes())
+    assert committed["variants"] == study.RUNS
+    assert committed["settings"] == study.settings(study.Sizes(), 300)
+    runs = study.by_run(committed)
+    for name in study.RUNS:
+        assert [run["seed"] for run in runs[name]] == [0, 1, 2]
+    assert all(len(run["curves"]["loss"]) == 300 for run in committed["runs"])
+
+
+def test_certified_ends_within_the_noise_of_seeds_and_order(committed: dict[str, Any]) -> None:
+    runs = study.by_run(committed)
+    assert mean(mean(run["curves"]["active_fraction"]) for run in runs["certified"]) < 0.5
+    for end in ("training loss", "held-out loss", "held-out accuracy", "held-out margin"):
+        exact = [run["end"][end] for run in runs["exact"]]
+
+        def apart(name: str, end: str = end, exact: list[float] = exact) -> float:
+            return mean(abs(run["end"][end] - e) for run, e in zip(runs[name], exact, strict=True))
+
+        assert apart("certified") < 0.25 * stdev(exact), end
+        assert apart("certified") < apart("another order"), end
 
 
 @pytest.mark.slow
