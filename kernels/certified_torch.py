@@ -90,7 +90,8 @@ def forward(
             for r in spans(window.stop - window.start, plan.chunk_rows):
                 places = slice(window.start + r.start, window.start + r.stop)
                 z = chunk[: r.stop - r.start]
-                _fill_logits(z, row_block(hidden, rows, places, dtype), weight, bias, transform)
+                h = row_block(hidden, rows, places, dtype)
+                _fill_logits(z, h, weight, bias, transform, plan.widened_cols)
                 for t in spans(z.shape[0], plan.tile_rows):
                     of_tile = slice(places.start + t.start, places.start + t.stop)
                     of_window = slice(r.start + t.start, r.start + t.stop)
@@ -126,15 +127,19 @@ class _Scratch:
 
 
 def _fill_logits(
-    z: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform
+    z: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    widened: int,
 ) -> None:
-    """z (R, V) of the rows h (R, H); a head in low precision is widened slice by slice."""
+    """z (R, V) of the rows h (R, H); a head in low precision is widened, so many columns at a time."""
     if weight.dtype == z.dtype:
         torch.mm(h, weight.t(), out=z)
     else:
-        step = plan_tile(z.shape[0], z.shape[1], h.shape[1], z.device, z.dtype).cols
-        for v in spans(weight.shape[0], step):
-            z[:, v] = h @ weight[v].to(z.dtype).t()
+        for v in spans(weight.shape[0], widened):
+            torch.mm(h, weight[v].to(z.dtype).t(), out=z[:, v])
     if bias is not None:
         z += bias.to(z.dtype)
     transform.apply_(z)
@@ -241,8 +246,9 @@ def backward(
     dtype = accumulation_dtype(hidden.dtype)
     n, (vocab, width) = labels.numel(), weight.shape
     device = hidden.device
-    d_hidden = torch.zeros_like(hidden) if need_hidden else None
-    d_weight = torch.zeros_like(weight) if need_weight else None
+    # Contiguous, whatever the strides of the inputs: that is what the operator declares.
+    d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if need_hidden else None
+    d_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=device) if need_weight else None
     d_bias = torch.zeros(vocab, dtype=dtype, device=device) if need_bias else None
     grad = grad.to(dtype)
     plan = plan_certified_backward(width, block_rows(device), device, dtype)
@@ -282,7 +288,7 @@ def backward(
             for group in groups:
                 add(group, v, dw)
             if dw_out is not None and dw is not None and dw.dtype != dw_out.dtype:
-                dw_out[v] = dw.to(dw_out.dtype)
+                dw_out[v].copy_(dw)
         if wide is not None and dh_out is not None:
             write_rows(dh_out, rows, slice(0, n), wide)
 

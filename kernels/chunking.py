@@ -61,6 +61,7 @@ class CertifiedForwardPlan(NamedTuple):
     chunk_rows: int  # whose logits over the whole vocabulary are held
     tile_rows: int  # that a pass takes at a time, so that they stay in the cache
     window_rows: int  # that are sorted together: whole blocks, whose bit masks are held
+    widened_cols: int  # of a head in low precision, widened at a time
 
 
 class CertifiedPlan(NamedTuple):
@@ -74,14 +75,21 @@ class CertifiedPlan(NamedTuple):
 def plan_certified_forward(
     n: int, vocab: int, width: int, height: int, device: torch.device, dtype: torch.dtype
 ) -> CertifiedForwardPlan:
-    """Thirteen sixteenths of the budget for a chunk and its hidden rows, one for a tile, two for a window."""
+    """Thirteen sixteenths of the budget for a chunk and its hidden rows, one each for a tile, for a widened
+    slice of the head or a window's sorted masks, and for the masks of a window.
+
+    Windows are equal, and so are the chunks of a window: a short one multiplies slowly.
+    """
     sixteenth = budget_bytes(device) // 16
     row = vocab * dtype.itemsize
+    window = max(1, sixteenth // (-(-vocab // 32) * 4 * height)) * height
+    window = -(-n // max(1, -(-n // window)))
+    window = max(1, min(n, -(-window // height) * height))
     chunk = max(1, 13 * sixteenth // (row + width * dtype.itemsize))
-    chunk = max(1, -(-n // max(1, -(-n // chunk))))  # equal chunks: a short one multiplies slowly
+    chunk = max(1, -(-window // max(1, -(-window // chunk))))
     tile = max(1, min(chunk, sixteenth // row))
-    window = max(1, 2 * sixteenth // (-(-vocab // 32) * 4 * height)) * height
-    return CertifiedForwardPlan(chunk, tile, max(1, min(n, window)))
+    widened = max(1, sixteenth // (width * dtype.itemsize))
+    return CertifiedForwardPlan(chunk, tile, window, widened)
 
 
 def plan_certified_backward(

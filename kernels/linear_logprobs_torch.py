@@ -26,6 +26,9 @@ from .precision import accumulation_dtype, full_precision
 LEAST_EXPONENT = {torch.float32: -50.0, torch.float64: -600.0}
 
 
+WRITTEN_ROWS = 256  # converted at a time
+
+
 class ForwardResult(NamedTuple):
     """What the forward leaves for every kept row; the last three are None unless statistics were asked for."""
 
@@ -283,10 +286,13 @@ def row_block(hidden: Tensor, rows: Tensor | None, r: slice, dtype: torch.dtype)
 
 
 def write_rows(target: Tensor, rows: Tensor | None, r: slice, values: Tensor) -> None:
+    """target[rows[r]] = values, without a copy of all values in the dtype of ``target``."""
     if rows is None:
-        target[r] = values.to(target.dtype)
-    else:
-        target.index_copy_(0, rows[r], values.to(target.dtype))
+        target[r].copy_(values)
+        return
+    places = rows[r]
+    for part in spans(len(values), WRITTEN_ROWS):
+        target.index_copy_(0, places[part], values[part].to(target.dtype))
 
 
 def _accumulator(target: Tensor, dtype: torch.dtype) -> Tensor:

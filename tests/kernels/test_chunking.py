@@ -25,10 +25,10 @@ def test_forward_plan(n: int, vocab: int, width: int, height: int, dtype: torch.
     plan = chunking.plan_certified_forward(n, vocab, width, height, CPU, dtype)
     assert plan.window_rows % height == 0 or plan.window_rows == n  # blocks do not straddle windows
     assert 1 <= plan.tile_rows <= plan.chunk_rows <= n
-    of_masks = min(plan.window_rows, n) * words(vocab) * 4
+    of_masks = 2 * plan.window_rows * words(vocab) * 4  # and their sorted copy
     of_logits = (plan.chunk_rows + plan.tile_rows) * vocab * dtype.itemsize
     gathered = plan.chunk_rows * width * dtype.itemsize
-    least = height * words(vocab) * 4 + 2 * vocab * dtype.itemsize  # a block's masks, two rows
+    least = 2 * height * words(vocab) * 4 + 2 * vocab * dtype.itemsize  # a block's masks, two rows
     assert of_masks + of_logits + gathered <= chunking.CPU_BUDGET_BYTES + least
 
 
