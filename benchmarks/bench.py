@@ -97,7 +97,8 @@ def run(
     cases = case_set(name, device.type)
     document = new_document(name, device, minutes=minutes, only=only, skip=skip, rounds=rounds)
     print(title(document["environment"]))
-    document["states"] = describe_states(states)
+    if any(case.entropy is not None for case in cases):
+        document["states"] = describe_states(states)
     budget = Budget(minutes, clock)
     run_cases(
         cases, document, out, budget, device=device, chosen=chosen, states=states, rounds=rounds
@@ -123,7 +124,10 @@ def choice(only: Sequence[str], skip: Sequence[str]) -> Callable[[str], bool]:
 
 def describe_states(states: Path | None) -> dict[str, Any]:
     """Whose states the lm workload has; the project's own are made, if not cached, before the clock runs."""
-    path = own_states() if states is None else states
+    try:
+        path = own_states() if states is None else states
+    except Exception as error:  # the cases that need them tell it again; the others can be measured
+        return {"own": True, "error": reason(error)}
     return {"own": states is None, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 

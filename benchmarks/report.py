@@ -89,7 +89,8 @@ def _section(stem: str, document: dict[str, Any], out: Path) -> list[str]:
         "inputs and gradients. G is one N×V×H product over the labelled tokens in the same dtype.",
         "",
     ]
-    if states := document.get("states"):
+    states = document.get("states", {})
+    if "sha256" in states:
         origin = "the project's own model" if states["own"] else "a file that was given"
         lines += [f"States of the lm workload: {origin}, SHA-256 {states['sha256'][:16]}….", ""]
     checks = document.get("checks", [])

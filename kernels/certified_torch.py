@@ -253,7 +253,9 @@ def backward(
     grad = grad.to(dtype)
     plan = plan_certified_backward(width, block_rows(device), device, dtype)
     groups = _groups(grad, counts, vocab, plan)
-    room = _Room(plan, width, weight.dtype, dtype, device)
+    room = _Room(
+        min(n, plan.group_rows), min(vocab, plan.piece_cols), width, weight.dtype, dtype, device
+    )
     whole = [slice(0, vocab)]
     sliced = whole
     if need_weight and weight.dtype != dtype and (low_memory or n <= vocab):
@@ -315,15 +317,16 @@ class _Room:
 
     def __init__(
         self,
-        plan: CertifiedPlan,
+        rows: int,
+        cols: int,
         width: int,
         narrow: torch.dtype,
         wide: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.weight = torch.empty((plan.piece_cols, width), dtype=narrow, device=device)
-        self.d_weight = torch.empty((plan.piece_cols, width), dtype=wide, device=device)
-        self.logits = torch.empty(plan.group_rows * plan.piece_cols, dtype=wide, device=device)
+        self.weight = torch.empty((cols, width), dtype=narrow, device=device)
+        self.d_weight = torch.empty((cols, width), dtype=wide, device=device)
+        self.logits = torch.empty(rows * cols, dtype=wide, device=device)
 
 
 def _groups(grad: Tensor, counts: Tensor, vocab: int, plan: CertifiedPlan) -> list[Group]:
@@ -385,12 +388,13 @@ def _add_columns(
         column = (at_label - piece.start).clamp_(0, count - 1)
         inside = (at_label >= piece.start) & (at_label < piece.stop)
         of_piece = needed[:, c]
+        whole = of_piece.all(dim=1).tolist()
         for first, last in _runs(of_piece.any(dim=1).tolist()):
             r = slice(group.starts[first], group.starts[last])
             z = room.logits[: (r.stop - r.start) * count].view(-1, count)
             dz = dlogits_tile(h[r], w, b, column[r], inside[r], lse[r], grad[r], transform, z)
             for k in range(first, last):
-                if not of_piece[k].all():
+                if not whole[k]:
                     dz[group.starts[k] - r.start : group.starts[k + 1] - r.start].mul_(of_piece[k])
             add_products(dz, h[r], w, None if dh is None else dh[r], part_w, part_b)
         if dw is not None and part_w is not None:

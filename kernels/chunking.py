@@ -18,7 +18,7 @@ CPU_BUDGET_BYTES = 80 * MIB
 # Several element-wise passes stream over a tile: on a CPU it pays to keep it near the last-level cache.
 CPU_TILE_BYTES = 8 * MIB
 ALIGNMENT = 64
-GROUP_ROWS = 4096  # of the certified backward: beyond it, products no longer gain
+MAX_GROUP_ROWS = 4096  # of the certified backward: beyond it, products no longer gain
 
 
 class Tile(NamedTuple):
@@ -99,7 +99,7 @@ def plan_certified_backward(
     those of dW and for a tile of logits; four for a slice of dW."""
     eighth = budget_bytes(device) // 8 // dtype.itemsize
     rows = max(1, eighth // width)
-    group = max(1, min(rows, GROUP_ROWS) // height) * height
+    group = max(1, min(rows, MAX_GROUP_ROWS) // height) * height
     piece = max(1, min(rows // 2, eighth // 2 // group))
     return CertifiedPlan(group, piece, max(1, 4 * rows // 32) * 32)
 

@@ -38,7 +38,8 @@ def test_a_run_and_its_report(tmp_path: Path, monkeypatch, capsys) -> None:
     states.write_bytes(b"abc")
     monkeypatch.setattr(bench, "own_states", lambda: states)
     case = Case("main", 64, 16, 97, None, length=8, rounds=4)
-    monkeypatch.setitem(SETS, "quick", (case,))
+    lm = Case("main", 64, 16, 97, 1.6, length=8, rounds=4)  # whose states are none: it fails alone
+    monkeypatch.setitem(SETS, "quick", (case, lm))
     out = tmp_path / "quick.json"
     argv = ["bench", "--set", "quick", "--out", str(out), "--rounds", "2"]
     assert main([*argv, "--only", "eager", "fastpo-certified", "fastpo-exact"]) == 0
@@ -47,7 +48,8 @@ def test_a_run_and_its_report(tmp_path: Path, monkeypatch, capsys) -> None:
     for name in ("eager", "fastpo-certified", "fastpo-exact"):
         assert any(line.startswith(f"{name} ") for line in told.splitlines())
     document = json.loads(out.read_text(encoding="utf-8"))
-    (record,) = document["cases"]
+    record, failed = document["cases"]
+    assert "error" in failed
     assert [len(r["step_seconds"]) for r in record["results"]] == [2, 2, 2]
     assert document["states"] == {
         "own": True,

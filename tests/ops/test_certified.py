@@ -328,6 +328,16 @@ def test_no_tolerance_is_exact(seed: int, low_blocks: None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(exact, none, strict=True))
 
 
+def test_gradients_are_contiguous_for_any_strides(seed: int, low_blocks: None) -> None:
+    """As the operator declares them to the compiler."""
+    inputs, labels, coefficient = draw()
+    turned = [t.detach().t().contiguous().t().requires_grad_() for t in inputs[:2]]
+    assert not any(t.is_contiguous() for t in turned)
+    logps = fastpo.linear_logprobs(*turned, labels, backward="certified", tol=2**-6)
+    got = torch.autograd.grad(logps @ coefficient.to(logps), turned)
+    assert all(g.is_contiguous() for g in got)
+
+
 def test_repeats_bit_for_bit(seed: int, low_blocks: None) -> None:
     inputs, labels, coefficient = draw()
     first, second = (
