@@ -328,6 +328,22 @@ def test_no_tolerance_is_exact(seed: int, low_blocks: None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(exact, none, strict=True))
 
 
+def test_pieces_hold_little_that_no_block_needs(
+    seed: int, low_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nuclei that steepness alone tells apart are nested: ordered blocks and columns make them compact."""
+    rank = torch.randperm(97) + 1.0
+    steepness = torch.linspace(1.2, 4.0, 4 * HEIGHT)[torch.randperm(4 * HEIGHT)]
+    hidden = (-steepness[:, None] * rank.log()).requires_grad_()
+    weight, labels, tol = torch.eye(97), hidden.argmax(dim=1), 2**-6
+    made = []
+    real = certified_torch.dlogits_tile
+    patch_tiles(monkeypatch, lambda h, w, *a: (made.append(len(h) * len(w)), real(h, w, *a))[1])
+    fastpo.linear_logprobs(hidden, weight, labels, backward="certified", tol=tol).sum().backward()
+    needed = int(touched(hidden, weight, labels, torch.zeros(97), LogitTransform(), tol).sum())
+    assert needed <= sum(made) <= 1.25 * needed < hidden.numel()
+
+
 def test_gradients_are_contiguous_for_any_strides(seed: int, low_blocks: None) -> None:
     """As the operator declares them to the compiler."""
     inputs, labels, coefficient = draw()
