@@ -71,7 +71,8 @@ def forward(
     dtype = accumulation_dtype(hidden.dtype)
     n, vocab, device = labels.numel(), weight.shape[0], hidden.device
     height = block_rows(device)
-    plan = plan_certified_forward(n, vocab, weight.shape[1], height, device, dtype)
+    narrow = weight.dtype != dtype
+    plan = plan_certified_forward(n, vocab, weight.shape[1], height, device, dtype, narrow)
     per_row = {name: hidden.new_empty(n, dtype=dtype) for name in ("logps", "lse", "dropped")}
     if want_stats:
         per_row |= {name: hidden.new_empty(n, dtype=dtype) for name in ("entropy", "logit_mean")}

@@ -73,19 +73,25 @@ class CertifiedPlan(NamedTuple):
 
 
 def plan_certified_forward(
-    n: int, vocab: int, width: int, height: int, device: torch.device, dtype: torch.dtype
+    n: int,
+    vocab: int,
+    width: int,
+    height: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    narrow: bool,
 ) -> CertifiedForwardPlan:
-    """Thirteen sixteenths of the budget for a chunk and its hidden rows, one each for a tile, for a widened
-    slice of the head or a window's sorted masks, and for the masks of a window.
+    """Of sixteenths of the budget two for the masks of a window, one for a tile, one for a slice of a head that
+    is widened where it is ``narrow``, of lower precision than ``dtype``, the rest for a chunk and its hidden rows.
 
     Windows are equal, and so are the chunks of a window: a short one multiplies slowly.
     """
     sixteenth = budget_bytes(device) // 16
     row = vocab * dtype.itemsize
-    window = max(1, sixteenth // (-(-vocab // 32) * 4 * height)) * height
+    window = max(1, 2 * sixteenth // (-(-vocab // 32) * 4 * height)) * height
     window = -(-n // max(1, -(-n // window)))
     window = max(1, min(n, -(-window // height) * height))
-    chunk = max(1, 13 * sixteenth // (row + width * dtype.itemsize))
+    chunk = max(1, (12 if narrow else 13) * sixteenth // (row + width * dtype.itemsize))
     chunk = max(1, -(-window // max(1, -(-window // chunk))))
     tile = max(1, min(chunk, sixteenth // row))
     widened = max(1, sixteenth // (width * dtype.itemsize))

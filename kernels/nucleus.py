@@ -61,17 +61,16 @@ def gather_blocks(
     """Sort a window's rows by nucleus size and unite them: order (n,), columns (blocks, words), counts."""
     order = torch.argsort(sizes, stable=True)
     n, width = masks.shape
-    blocks = -(-n // height)
-    padded = masks.new_zeros(blocks * height, width)
-    torch.index_select(masks, 0, order, out=padded[:n])
-    unions = padded.view(blocks, height, width)
-    while unions.shape[1] > 1:  # in place, a half into the other
-        half = unions.shape[1] // 2
-        if unions.shape[1] % 2:
-            unions[:, 0] |= unions[:, -1]
-        unions[:, :half] |= unions[:, half : 2 * half]
-        unions = unions[:, :half]
-    columns = unions.squeeze(1).clone()
+    columns = masks.new_empty(-(-n // height), width)
+    for b in range(len(columns)):  # one at a time: the masks are not held twice
+        union = masks[order[b * height : (b + 1) * height]]
+        while len(union) > 1:
+            half = len(union) // 2
+            if len(union) % 2:
+                union[0] |= union[-1]
+            union[:half] |= union[half : 2 * half]
+            union = union[:half]
+        columns[b] = union[0]
     counts = popcount(columns).sum(dim=1, dtype=torch.int32)
     return order, columns, counts.masked_fill(counts >= DENSE_SHARE * vocab, vocab)
 

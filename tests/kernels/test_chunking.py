@@ -20,15 +20,18 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("height", [8, 64, 128])
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize(("n", "vocab", "width"), SHAPES)
-def test_forward_plan(n: int, vocab: int, width: int, height: int, dtype: torch.dtype) -> None:
-    plan = chunking.plan_certified_forward(n, vocab, width, height, CPU, dtype)
+def test_forward_plan(
+    n: int, vocab: int, width: int, height: int, dtype: torch.dtype, narrow: bool
+) -> None:
+    plan = chunking.plan_certified_forward(n, vocab, width, height, CPU, dtype, narrow)
     assert plan.window_rows % height == 0 or plan.window_rows == n  # blocks do not straddle windows
     assert 1 <= plan.tile_rows <= plan.chunk_rows <= n
-    of_masks = 2 * plan.window_rows * words(vocab) * 4  # and their sorted copy
+    of_masks = plan.window_rows * words(vocab) * 4
     of_logits = (plan.chunk_rows + plan.tile_rows) * vocab * dtype.itemsize
-    gathered = plan.chunk_rows * width * dtype.itemsize
-    least = 2 * height * words(vocab) * 4 + 2 * vocab * dtype.itemsize  # a block's masks, two rows
+    gathered = (plan.chunk_rows + narrow * plan.widened_cols) * width * dtype.itemsize
+    least = height * words(vocab) * 4 + 2 * vocab * dtype.itemsize  # a block's masks, two rows
     assert of_masks + of_logits + gathered <= chunking.CPU_BUDGET_BYTES + least
 
 
