@@ -82,7 +82,7 @@ def plan_certified_forward(
     narrow: bool,
 ) -> CertifiedForwardPlan:
     """Of sixteenths of the budget two for the masks of a window, one for a tile, one for a slice of a head that
-    is widened where it is ``narrow``, of lower precision than ``dtype``, the rest for a chunk and its hidden rows.
+    is widened where it is ``narrow`` (of lower precision than ``dtype``), the rest for a chunk.
 
     Windows are equal, and so are the chunks of a window: a short one multiplies slowly.
     """
