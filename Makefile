@@ -35,7 +35,7 @@ lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## time, memory and accuracy beside the other libraries, at most 10 minutes, and a report
+bench: $(INSTALLED) ## time, memory and accuracy beside the other libraries in 10 minutes (the first run trains its states too), and a report
 	$(BIN)/fastpo bench --out runs/bench.json
 	$(BIN)/fastpo bench --report runs/bench.json
 

@@ -249,10 +249,13 @@ def backward(
     device = hidden.device
     # Contiguous, whatever the strides of the inputs: that is what the operator declares.
     d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if need_hidden else None
-    d_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=device) if need_weight else None
+    d_weight = None
+    if need_weight:  # a sum in another dtype is copied to it whole
+        made = torch.zeros if weight.dtype == dtype else torch.empty
+        d_weight = made(weight.shape, dtype=weight.dtype, device=device)
     d_bias = torch.zeros(vocab, dtype=dtype, device=device) if need_bias else None
     grad = grad.to(dtype)
-    plan = plan_certified_backward(width, block_rows(device), device, dtype)
+    plan = plan_certified_backward(vocab, width, block_rows(device), device, dtype)
     groups = _groups(grad, counts, vocab, plan)
     room = _Room(
         min(n, plan.group_rows), min(vocab, plan.piece_cols), width, weight.dtype, dtype, device
@@ -267,6 +270,9 @@ def backward(
         if dh_out is not None and len(slices) > 1:
             wide = torch.zeros((n, width), dtype=dtype, device=device)
         db_out = d_bias if dw_out is not None or d_weight is None else None
+        sums = None  # room for the wide dW of a slice, the first of which is the longest
+        if dw_out is not None and dw_out.dtype != dtype:
+            sums = torch.empty((slices[0].stop, width), dtype=dtype, device=device)
 
         def add(group: Group, v: slice, dw: Tensor | None) -> None:
             places = group.places
@@ -275,7 +281,7 @@ def backward(
             db = None if db_out is None else db_out[v]
             inputs = h, weight, bias, v, labels[places], lse[places], grad[places], transform
             if group.dense:
-                _add_all_columns(*inputs, dh, dw, db)
+                _add_all_columns(*inputs, dh, dw, db, room)
             else:
                 _add_columns(*inputs, dh, dw, db, columns, counts, group, room)
             if wide is not None and dh is not None:
@@ -284,13 +290,12 @@ def backward(
                 dh_out.index_copy_(0, rows[places], dh.to(dh_out.dtype))
 
         for v in slices:
-            dw = None
-            if dw_out is not None:
-                dw = dw_out[v]
-                dw = dw if dw.dtype == dtype else torch.zeros_like(dw, dtype=dtype)
+            dw = None if dw_out is None else dw_out[v]
+            if sums is not None:
+                dw = sums[: v.stop - v.start].zero_()
             for group in groups:
                 add(group, v, dw)
-            if dw_out is not None and dw is not None and dw.dtype != dw_out.dtype:
+            if sums is not None and dw_out is not None and dw is not None:
                 dw_out[v].copy_(dw)
         if wide is not None and dh_out is not None:
             write_rows(dh_out, rows, slice(0, n), wide)
@@ -425,10 +430,12 @@ def _add_all_columns(
     dh: Tensor | None,
     dw: Tensor | None,
     db: Tensor | None,
+    room: _Room,
 ) -> None:
     """The same for every column of the slice, tile by tile."""
     tile = plan_tile(h.shape[0], v.stop - v.start, h.shape[1], h.device, h.dtype)
-    for c in spans(v.stop - v.start, tile.cols):
+    cols = tile.cols if weight.dtype == h.dtype else min(tile.cols, len(room.weight))  # to widen
+    for c in spans(v.stop - v.start, cols):
         absolute = slice(v.start + c.start, v.start + c.stop)
         w, b = vocabulary_slice(weight, bias, absolute, h.dtype)
         for r in spans(h.shape[0], tile.rows):

@@ -88,7 +88,7 @@ def forward(
                 weight_sum += w.sum(dim=0)
             for r in spans(n, tile.rows):
                 z = logit_tile(row_block(hidden, rows, r, dtype), w, b, transform)
-                _pick_labels(z, labels[r], v, label_logit[r])
+                pick_labels(z, labels[r], v, label_logit[r])
                 if logit_sum is not None:
                     logit_sum[r] += z.sum(dim=1)
                 if argmax is None:
@@ -239,16 +239,23 @@ def dlogits_tile(
     """dz = grad·(1[v = y] − p)·dz/du (R, C) of a tile whose logits are made again."""
     z = logit_tile(h, w, b, transform, room)
     slope = transform.derivative(z)
+    dz = softmax_gradient_(z, column, inside, lse, grad)
+    if isinstance(slope, Tensor) or slope != 1.0:
+        dz.mul_(slope)
+    return dz
+
+
+def softmax_gradient_(
+    z: Tensor, column: Tensor, inside: Tensor, lse: Tensor, grad: Tensor
+) -> Tensor:
+    """Overwrite the logits z (R, C) with grad·(1[v = y] − p) and return them."""
     dz = (
         z.sub_(lse.unsqueeze(1))
         .clamp_(min=LEAST_EXPONENT[z.dtype])
         .exp_()
         .mul_(grad.neg().unsqueeze(1))
     )
-    _add_at_labels(dz, column, inside, grad)
-    if isinstance(slope, Tensor) or slope != 1.0:
-        dz.mul_(slope)
-    return dz
+    return dz.scatter_add_(1, column.unsqueeze(1), torch.where(inside, grad, 0.0).unsqueeze(1))
 
 
 def add_products(
@@ -310,13 +317,9 @@ def labels_in_tile(labels: Tensor, v: slice) -> tuple[Tensor, Tensor]:
     return (labels - v.start).clamp_(0, v.stop - v.start - 1), inside
 
 
-def _pick_labels(z: Tensor, labels: Tensor, v: slice, label_logit: Tensor) -> None:
+def pick_labels(z: Tensor, labels: Tensor, v: slice, label_logit: Tensor) -> None:
     column, inside = labels_in_tile(labels, v)
     label_logit.copy_(torch.where(inside, z.gather(1, column.unsqueeze(1)).squeeze(1), label_logit))
-
-
-def _add_at_labels(dz: Tensor, column: Tensor, inside: Tensor, grad: Tensor) -> None:
-    dz.scatter_add_(1, column.unsqueeze(1), torch.where(inside, grad, 0.0).unsqueeze(1))
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ gradients are those of z with dz = dz̃, and through σ, with dσ = dz̃∘ε:
     dU = dσᵀ x        ds = Σ_rows dσ        dx = dσ U        (dA = dxᵀ h, dh += dx A)
 
 Shapes: n tokens with a label, hidden (N, H), weight (V, H), U (V, R), A (R, H), R = H without A. Neither
-logits nor σ nor ε exist beyond a tile. Cost: 2 products and a draw in the forward; in the backward these again,
-and one more product for every gradient.
+logits nor σ nor ε exist beyond a tile; x of a low rank is made once. The sign of σ is free, as ε is symmetric.
+Cost: 2 products and a draw in the forward; in the backward these again, and a product for every gradient.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from .linear_logprobs_torch import (
     add_products,
     labels_in_tile,
     logit_tile,
+    pick_labels,
     row_block,
+    softmax_gradient_,
     vocabulary_slice,
     write_rows,
 )
-from .logit_transform import LogitTransform
+from .logit_transform import IDENTITY, LogitTransform
 from .philox_torch import normal_tile
 from .precision import accumulation_dtype, full_precision
 
@@ -51,7 +53,7 @@ class NoisyForward(NamedTuple):
 
     logps: Tensor  # (n,) z̃_label − lse(z̃)
     lse: Tensor  # (n,) log Σ_v exp(z̃_v)
-    clean_logps: Tensor  # (n,) without the noise
+    clean_logps: Tensor | None  # (n,) without the noise, if asked for
 
 
 class Needed(NamedTuple):
@@ -85,9 +87,9 @@ class _Sums:
         self.total = like.new_zeros(n, dtype=dtype)
         self.label_logit = like.new_zeros(n, dtype=dtype)
 
-    def add(self, z: Tensor, r: slice, column: Tensor, inside: Tensor, room: Tensor) -> None:
-        at_label = z.gather(1, column.unsqueeze(1)).squeeze(1)
-        self.label_logit[r] = torch.where(inside, at_label, self.label_logit[r])
+    def add(self, z: Tensor, labels: Tensor, r: slice, v: slice, room: Tensor) -> None:
+        """A tile z of the rows r and the vocabulary entries v; ``room`` is as large, and overwritten."""
+        pick_labels(z, labels[r], v, self.label_logit[r])
         peak = torch.maximum(self.peak[r], z.amax(dim=1))
         shifted = torch.sub(z, peak.unsqueeze(1), out=room).clamp_(min=LEAST_EXPONENT[z.dtype])
         self.total[r] = torch.exp(self.peak[r] - peak) * self.total[r] + shifted.exp_().sum(dim=1)
@@ -118,28 +120,31 @@ def forward(
     rows: Tensor,  # (n,) int64 into hidden
     transform: LogitTransform,
     noise: Noise,
+    want_clean: bool,
 ) -> NoisyForward:
-    """Log-probs with and without the noise; slices of the vocabulary outside, blocks of rows inside."""
+    """Log-probs under the noise; slices of the vocabulary outside, blocks of rows inside."""
     dtype = accumulation_dtype(hidden.dtype)
     n, (vocab, width) = labels.numel(), weight.shape
     tile = plan_tile(n, vocab, width, hidden.device, dtype)
-    noisy, clean = _Sums(n, hidden, dtype), _Sums(n, hidden, dtype)
+    noisy = _Sums(n, hidden, dtype)
+    clean = _Sums(n, hidden, dtype) if want_clean else None
     rooms = _Rooms(tile, dtype, hidden.device)
     with full_precision(hidden.device):
+        projected = _project(hidden, rows, noise, tile, dtype)
         for v in spans(vocab, tile.cols):
             w, b = vocabulary_slice(weight, bias, v, dtype)
             u, s = vocabulary_slice(noise.weight, noise.bias, v, dtype)
             for r in spans(n, tile.rows):
                 h = row_block(hidden, rows, r, dtype)
-                places = labels_in_tile(labels[r], v)
+                x = h if projected is None else projected[r]
                 room, draw, free = rooms.of(r, v)
                 z = logit_tile(h, w, b, transform, room)
-                clean.add(z, r, *places, free)
-                sigma = _deviation(_noise_input(h, noise), u, s, free)
-                z.addcmul_(sigma, normal_tile(noise.seed, noise.tokens[r], v.start, v.stop, draw))
-                noisy.add(z, r, *places, free)
-    logps, lse = noisy.finish()
-    return NoisyForward(logps, lse, clean.finish()[0])
+                if clean is not None:
+                    clean.add(z, labels, r, v, free)
+                normal_tile(noise.seed, noise.tokens[r], v.start, v.stop, draw)
+                z.addcmul_(logit_tile(x, u, s, IDENTITY, free), draw)
+                noisy.add(z, labels, r, v, free)
+    return NoisyForward(*noisy.finish(), None if clean is None else clean.finish()[0])
 
 
 def backward(
@@ -169,7 +174,7 @@ def backward(
     dh = zeros(needed.hidden, n, width)
     dx = zeros(wants_input, n, noise.weight.shape[1]) if noise.projection is not None else dh
     of_vocabulary = {
-        name: torch.empty_like(tensor)
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         for name, tensor in (
             ("weight", weight), ("bias", bias),
             ("noise_weight", noise.weight), ("noise_bias", noise.bias),
@@ -178,6 +183,7 @@ def backward(
     }  # fmt: skip
 
     with full_precision(device):
+        projected = _project(hidden, rows, noise, tile, dtype)
         for v in spans(vocab, tile.cols):
             w, b = vocabulary_slice(weight, bias, v, dtype)
             u, s = vocabulary_slice(noise.weight, noise.bias, v, dtype)
@@ -187,22 +193,13 @@ def backward(
             }
             for r in spans(n, tile.rows):
                 h = row_block(hidden, rows, r, dtype)
-                x = _noise_input(h, noise)
+                x = h if projected is None else projected[r]
                 room, draw, free = rooms.of(r, v)
                 z = logit_tile(h, w, b, transform, room)
                 slope = transform.derivative(z)
                 normal_tile(noise.seed, noise.tokens[r], v.start, v.stop, draw)
-                z.addcmul_(_deviation(x, u, s, free), draw)
-                dz = (
-                    z.sub_(lse[r].unsqueeze(1))
-                    .clamp_(min=LEAST_EXPONENT[dtype])
-                    .exp_()
-                    .mul_(grad[r].neg().unsqueeze(1))
-                )
-                column, inside = labels_in_tile(labels[r], v)
-                dz.scatter_add_(
-                    1, column.unsqueeze(1), torch.where(inside, grad[r], 0.0).unsqueeze(1)
-                )
+                z.addcmul_(logit_tile(x, u, s, IDENTITY, free), draw)
+                dz = softmax_gradient_(z, *labels_in_tile(labels[r], v), lse[r], grad[r])
                 add_products(
                     draw.mul_(dz), x, u,
                     None if dx is None else dx[r], sums.get("noise_weight"), sums.get("noise_bias"),
@@ -213,7 +210,7 @@ def backward(
                     dz, h, w, None if dh is None else dh[r], sums.get("weight"), sums.get("bias")
                 )
             for name, tensor in of_vocabulary.items():
-                tensor[v] = sums[name].to(tensor.dtype)
+                tensor[v].copy_(sums[name])
         d_projection = None
         if noise.projection is not None and dx is not None:
             a = noise.projection.to(dtype)
@@ -227,7 +224,7 @@ def backward(
 
     d_hidden = None
     if dh is not None:
-        d_hidden = torch.zeros_like(hidden)
+        d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device)
         write_rows(d_hidden, rows, slice(0, n), dh)
     return NoisyGradients(
         hidden=d_hidden,
@@ -239,13 +236,14 @@ def backward(
     )
 
 
-def _noise_input(h: Tensor, noise: Noise) -> Tensor:
-    """x (R, ·) of rows h (R, H)."""
-    return h if noise.projection is None else h @ noise.projection.to(h.dtype).t()
-
-
-def _deviation(x: Tensor, u: Tensor, s: Tensor | None, out: Tensor) -> Tensor:
-    """σ (R, C); its sign is free, as ε is symmetric."""
-    if s is None:
-        return torch.mm(x, u.t(), out=out)
-    return torch.addmm(s, x, u.t(), out=out)
+def _project(
+    hidden: Tensor, rows: Tensor, noise: Noise, tile: Tile, dtype: torch.dtype
+) -> Tensor | None:
+    """x (n, R) of a generator of low rank, None of one of full rank, whose x is h."""
+    if noise.projection is None:
+        return None
+    a = noise.projection.to(dtype).t()
+    x = hidden.new_empty((rows.numel(), a.shape[1]), dtype=dtype)
+    for r in spans(rows.numel(), tile.rows):
+        torch.mm(row_block(hidden, rows, r, dtype), a, out=x[r])
+    return x

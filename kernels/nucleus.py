@@ -9,8 +9,8 @@ labels, a bit mask over the vocabulary. There the backward computes the exact gr
 The kept probabilities are not scaled up to sum to one: that would double the bound and, as it moves the largest
 entries of every row the same way, make the error of dW up to ten times larger (docs/performance.md).
 
-This file holds the masks, in plain tensor operations that serve every backend and read nothing from the device:
-``gather_blocks`` makes them from the rows' masks, ``column_mask`` reads them.
+This file holds the masks, in plain tensor operations that read nothing from the device: ``gather_blocks`` makes
+them from the rows' masks (Triton has kernels of its own for that), ``column_mask`` reads them.
 """
 
 from __future__ import annotations
@@ -85,19 +85,8 @@ def popcount(words_: Tensor) -> Tensor:
     return (x + (x >> 16)) & 0x3F
 
 
-def pack(mask: Tensor) -> Tensor:
-    """(n, V) bool → (n, words) int32."""
-    n, vocab = mask.shape
-    padding = words(vocab) * WORD_BITS - vocab
-    if padding:
-        mask = torch.nn.functional.pad(mask, (0, padding))
-    # Eight bytes 0 or 1 are one int64; the product collects them as bits, first byte lowest, in the top byte.
-    groups = mask.contiguous().view(torch.int64) * 0x0102040810204080
-    return (groups >> 56).to(torch.uint8).view(n, -1).view(torch.int32)
-
-
 def column_mask(columns: Tensor, vocab: int) -> Tensor:
     """(blocks, words) int32 → (blocks, V) bool."""
     bits = torch.arange(8, dtype=torch.uint8, device=columns.device)
-    spread = (columns.contiguous().view(torch.uint8).unsqueeze(-1) >> bits) & 1
-    return spread.view(columns.shape[0], -1)[:, :vocab].bool()
+    spread = (columns.contiguous().view(torch.uint8).unsqueeze(-1) >> bits).bitwise_and_(1)
+    return spread.view(torch.bool).view(columns.shape[0], -1)[:, :vocab]

@@ -11,6 +11,12 @@ SESSION_SEED = int(os.environ.get("FASTPO_SEED") or random.SystemRandom().randra
 os.environ["FASTPO_SEED"] = str(SESSION_SEED)  # workers and subprocesses use it too
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = SESSION_SEED
+
+
 def pytest_report_header() -> str:
     return f"fastpo seed: {SESSION_SEED} (FASTPO_SEED={SESSION_SEED} repeats it)"
 

@@ -109,7 +109,8 @@ def noisy_linear_logprobs(
         TypeError: an argument of the wrong dtype.
         ValueError: shapes or devices that do not fit, a label outside [0, V), a seed out of range.
 
-    Memory beyond inputs and gradients: tiles of bounded size, and 4·N·H bytes where ``hidden`` has a gradient.
+    Memory beyond inputs and gradients: tiles of bounded size, 4·N·H bytes where ``hidden`` has a gradient, and
+    4·N·r with ``noise_proj`` (8·N·r in the backward).
     """
     check_tensors(bias=bias, hidden=hidden, weight=weight, labels=labels, noise_weight=noise_weight)
     hidden, weight, bias = under_autocast(hidden, weight, bias)
@@ -137,6 +138,7 @@ def noisy_linear_logprobs(
         None if softcap is None else float(softcap),
         float(temperature),
         ignore_index,
+        return_clean,
     )
     logps = logps.view(labels.shape)
     return (logps, clean.detach().view(labels.shape)) if return_clean else logps
@@ -198,29 +200,33 @@ def _noisy_linear_logprobs(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
+    want_clean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(N,) log-probs, (N,) lse, (N,) kept rows first, their number on the CPU, (N,) clean log-probs."""
+    """(N,) log-probs, (N,) lse, (N,) kept rows first, their number on the CPU, (N,) or (0,) clean log-probs."""
     order, count = kept_rows(labels, ignore_index, weight.shape[0])
     rows = order[:count]
     result = forward(
         hidden, weight, bias, labels[rows], rows, LogitTransform(logit_scale, softcap, temperature),
-        Noise(noise_weight, noise_proj, noise_bias, seed % SEEDS, token_index[rows]),
+        Noise(noise_weight, noise_proj, noise_bias, seed % SEEDS, token_index[rows]), want_clean,
     )  # fmt: skip
     logps, lse, clean = (
-        values.new_zeros(labels.shape).index_copy_(0, rows, values) for values in result
+        hidden.new_empty(0)
+        if values is None
+        else values.new_zeros(labels.shape).index_copy_(0, rows, values)
+        for values in result
     )
     return logps, lse, order, torch.tensor([count]), clean
 
 
 @_noisy_linear_logprobs.register_fake
-def _(hidden: Tensor, weight: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, *others: Any) -> tuple[Tensor, ...]:
     per_token = labels.new_empty(labels.shape, dtype=accumulation_dtype(hidden.dtype))
     return (
         per_token,
         torch.empty_like(per_token),
         torch.empty_like(labels),
         torch.empty(1, dtype=torch.int64, device="cpu"),
-        torch.empty_like(per_token),
+        torch.empty_like(per_token) if others[-1] else hidden.new_empty(0),
     )
 
 
@@ -265,25 +271,17 @@ def _(
     noise_weight: Tensor,
     noise_bias: Tensor | None,
     noise_proj: Tensor | None,
-    token_index: Tensor,
-    lse: Tensor,
-    order: Tensor,
-    count: Tensor,
-    seed: int,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    needed: list[bool],
+    *others: Any,
 ) -> list[Tensor]:
     inputs = (hidden, weight, bias, noise_weight, noise_proj, noise_bias)
     return [
         t.new_empty(t.shape) if t is not None and wanted else hidden.new_empty(0)
-        for t, wanted in zip(inputs, needed, strict=True)
+        for t, wanted in zip(inputs, others[-1], strict=True)
     ]
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, seed, logit_scale, softcap, temperature, _ = inputs
+    *tensors, seed, logit_scale, softcap, temperature, _, _ = inputs
     _, lse, order, count, clean = output
     ctx.save_for_backward(*tensors, lse, order, count)
     ctx.options = (seed, logit_scale, softcap, temperature)
@@ -293,7 +291,7 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 def _differentiate(ctx, d_logps, *_):  # type: ignore[no-untyped-def]
     places = (0, 1, 3, 4, 6, 5)  # of the fields of Needed among the inputs
-    gradients: list[Tensor | None] = [None] * 13
+    gradients: list[Tensor | None] = [None] * 14
     if d_logps is None:
         return tuple(gradients)
     needed = [ctx.needs_input_grad[k] for k in places]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from bit_masks import pack
 from interpreted_linear_logprobs import (
     BFLOAT16,
     CAPPED,
@@ -61,7 +62,7 @@ class Blocks:
     def masks(self) -> torch.Tensor:
         """A dense block's is not read: it says nothing."""
         dense = self.needed.all(dim=1, keepdim=True)
-        return torch.where(dense, 0x55555555, nucleus.pack(self.needed))
+        return torch.where(dense, 0x55555555, pack(self.needed))
 
     def backward(
         self,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from bit_masks import pack
 from interpreted_linear_logprobs import (
     BFLOAT16,
     CAPPED,
@@ -78,7 +79,7 @@ def run(
         )  # fmt: skip
     masks = torch.cat([masks for masks, _ in windows])
     vocab = p.weight.shape[0]
-    assert torch.equal(nucleus.pack(nucleus.column_mask(masks, vocab)), masks)  # no bit beyond V
+    assert torch.equal(pack(nucleus.column_mask(masks, vocab)), masks)  # no bit beyond V
     return Got(
         result,
         nuclei,
@@ -309,7 +310,7 @@ def test_without_statistics_only_log_probs_and_lse_come_back(seed: int, monkeypa
 def test_blocks_are_those_of_plain_tensor_operations(
     seed: int, n: int, height: int, vocab: int
 ) -> None:
-    masks = nucleus.pack(torch.rand(n, vocab) < torch.rand(n, 1) / 16)
+    masks = pack(torch.rand(n, vocab) < torch.rand(n, 1) / 16)
     sizes = torch.randint(0, 9, (n,), dtype=torch.int32)
     got = nucleus_blocks_triton.gather_blocks(masks, sizes, height, vocab)
     want = nucleus.gather_blocks(masks, sizes, height, vocab)

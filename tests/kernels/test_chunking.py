@@ -38,13 +38,15 @@ def test_forward_plan(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("height", [8, 64, 128])
 @pytest.mark.parametrize("width", [3, 64, 1024, 4096, 16_384])
-def test_backward_plan(width: int, height: int, dtype: torch.dtype) -> None:
-    plan = chunking.plan_certified_backward(width, height, CPU, dtype)
+@pytest.mark.parametrize("vocab", [97, 32_000, 256_000, 1_000_000])
+def test_backward_plan(vocab: int, width: int, height: int, dtype: torch.dtype) -> None:
+    plan = chunking.plan_certified_backward(vocab, width, height, CPU, dtype)
     assert plan.group_rows % height == 0  # whole blocks
     assert plan.slice_cols % WORD_BITS == 0  # slices begin with a word of the masks
     assert plan.piece_cols >= 1
     rows = 2 * plan.group_rows * width  # H and dH of a group
     pieces = 3 * plan.piece_cols * width + plan.group_rows * plan.piece_cols  # W twice, dW, logits
-    total = (rows + pieces + plan.slice_cols * width) * dtype.itemsize
-    least = (2 * height + WORD_BITS + 3) * width * dtype.itemsize
+    unions = plan.group_rows // height * vocab
+    total = (rows + pieces + plan.slice_cols * width) * dtype.itemsize + unions
+    least = (2 * height + WORD_BITS + 3) * width * dtype.itemsize + vocab
     assert total <= chunking.CPU_BUDGET_BYTES + least

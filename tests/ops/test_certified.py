@@ -432,28 +432,47 @@ def test_nuclei_are_nearly_the_smallest(seed: int) -> None:
         assert bool((tail <= tol * total).all())
 
 
-def test_extra_memory_is_bounded(seed: int) -> None:
-    from benchmarks.memory import peak_extra_bytes
-
-    for n, vocab, width, dtype, low_memory in (
+@pytest.mark.parametrize("part", ["step", "frozen head", "forward"])
+@pytest.mark.parametrize(
+    ("n", "vocab", "width", "dtype", "low_memory"),
+    [
         (700, 40_009, 64, torch.bfloat16, False),
-        (4096, 1031, 64, torch.bfloat16, False),
-        (2048, 16_001, 512, torch.bfloat16, True),
+        (6000, 2063, 64, torch.bfloat16, False),
+        (2048, 16_001, 256, torch.bfloat16, True),
         (1500, 32_000, 64, torch.float32, False),
-    ):
-        hidden = (torch.randn(n, width) * torch.rand(n, 1)).to(dtype).requires_grad_()
-        weight = torch.randn(vocab, width).to(dtype).requires_grad_()
-        labels = torch.randint(vocab, (n,))
+        (3000, 10_007, 8, torch.float32, False),
+    ],
+)
+def test_extra_memory_is_bounded(
+    n: int, vocab: int, width: int, dtype: torch.dtype, low_memory: bool, part: str, seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from benchmarks.memory import MIB, eager_step, peak_extra_bytes
 
-        def step(
-            inputs: tuple[Tensor, ...] = (hidden, weight, labels), low: bool = low_memory
-        ) -> list[Tensor]:
-            logps = fastpo.linear_logprobs(*inputs, backward="certified", low_memory=low)
-            return list(torch.autograd.grad(logps.sum(), inputs[:2]))
+    hidden = (torch.randn(n, width) * torch.rand(n, 1)).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, width).to(dtype).requires_grad_(part != "frozen head")
+    labels = torch.randint(vocab, (n,))
 
-        wide = 0 if low_memory else 4 * min(n, vocab) * width
-        saved = n * (100 + vocab / 8 / nucleus.BLOCK_ROWS["cpu"])
-        assert peak_extra_bytes(step) <= chunking.CPU_BUDGET_BYTES + wide + saved
+    def step() -> list[Tensor]:
+        logps = fastpo.linear_logprobs(
+            hidden, weight, labels, backward="certified", low_memory=low_memory
+        )
+        if part == "forward":
+            return [logps]
+        wanted = [t for t in (hidden, weight) if t.requires_grad]
+        return list(torch.autograd.grad(logps.sum(), wanted))
+
+    budget = 20 * MIB
+    monkeypatch.setattr(chunking, "CPU_BUDGET_BYTES", budget)
+    monkeypatch.setattr(chunking, "CPU_TILE_BYTES", MIB)
+    wide = 0
+    if part == "step" and dtype == torch.bfloat16 and not low_memory:
+        wide = 4 * min(n, vocab) * width
+    saved = n * (100 + vocab / 8 / nucleus.BLOCK_ROWS["cpu"])
+    assert peak_extra_bytes(step) <= budget + wide + saved
+    if part == "step":
+        plain = peak_extra_bytes(lambda: eager_step(hidden, weight, labels))
+        assert plain > 1.5 * (budget + wide + saved)
 
 
 # ---- planted faults: each must be seen

@@ -191,6 +191,7 @@ def test_registered_operator(seed: int) -> None:
             None,
             1.0,
             -100,
+            True,
         ),
     )
     (first,) = torch.autograd.grad(run(inputs, labels).sum(), inputs["hidden"], create_graph=True)
