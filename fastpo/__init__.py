@@ -20,6 +20,7 @@ _HOMES = {
     "sequence_logprobs": "fastpo.ops.sequence_logprobs",
     "solve_margins": "fastpo.margins",
     "DynamicMargin": "fastpo.margins",
+    "NoiseGenerator": "fastpo.noise",
     "PreferenceLoss": "fastpo.losses",
     "PreferenceOutput": "fastpo.losses",
     "fused_head": "fastpo.head",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from fastpo.head import fused_head, model_logprobs
     from fastpo.losses import PreferenceLoss, PreferenceOutput
     from fastpo.margins import DynamicMargin, solve_margins
+    from fastpo.noise import NoiseGenerator
     from fastpo.ops.linear_logprobs import TokenStats, linear_logprobs, shift_labels
     from fastpo.ops.noisy_linear_logprobs import noisy_linear_logprobs
     from fastpo.ops.philox import philox_normal
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DynamicMargin",
+    "NoiseGenerator",
     "PreferenceConfig",
     "PreferenceLoss",
     "PreferenceOutput",
@@ -62,7 +65,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
-    if name in ("data", "head", "losses", "margins", "trainer"):
+    if name in ("data", "head", "losses", "margins", "noise", "trainer"):
         return importlib.import_module(f"fastpo.{name}")
     raise AttributeError(f"module 'fastpo' has no attribute {name!r}")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers.utils import logging
+
+from fastpo.atomic_write import write_atomically as write_atomically
 
 STATE_FILE = "fastpo_state.json"
 TENSOR_FILE = "fastpo_state.safetensors"
@@ -168,13 +169,3 @@ def step_of(checkpoint: Path) -> int:
 def model_files(directory: Path) -> list[str]:
     """Names of the weight files that ``from_pretrained`` would read."""
     return sorted(p.name for pattern in _WEIGHTS for p in directory.glob(pattern))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: a temporary name in the same directory, flushed, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import set_seed
 from transformers.utils import is_liger_kernel_available
 
+from fastpo.atomic_write import write_atomically
 from fastpo.data import load_preferences
 
-from .checkpoint import find_resume_point, write_atomically
+from .checkpoint import find_resume_point
 from .config import PreferenceConfig, save_config
 from .model import add_adapter, checked_name, load_model, load_tokenizer
 from .trainer import PreferenceTrainer

@@ -27,9 +27,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from fastpo.atomic_write import write_atomically
 from fastpo.ops.sequence_logprobs import sequence_sums
-
-from .checkpoint import write_atomically
 
 if TYPE_CHECKING:
     import datasets
