@@ -17,7 +17,7 @@ import fastpo
 from fastpo.kernels.linear_logprobs_torch import linear_logprobs_reference
 from fastpo.kernels.logit_transform import LogitTransform
 from fastpo.kernels.preference_epilogue_torch import PAIR_LOSSES, pair_loss
-from fastpo.ops.linear_logprobs import DEFAULT_TOL
+from fastpo.ops.certified import DEFAULT_TOL
 from fastpo.ops.preference_epilogue import preference_epilogue
 
 from .reference import relative_error

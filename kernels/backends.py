@@ -48,11 +48,20 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
 def linear_logprobs_module(
     hidden: Tensor, weight: Tensor, backend: str, certified: bool = False
 ) -> ModuleType:
-    """The module whose ``forward`` and ``backward`` compute token log-probs for ``hidden`` and ``weight``.
+    """The module whose ``forward`` and ``backward`` compute token log-probs for ``hidden`` and ``weight``."""
+    return _module("certified" if certified else "linear_logprobs", hidden, weight, backend)
 
-    ``"auto"`` takes PyTorch on devices that the Triton kernels do not support; ``"triton"`` is an error there.
-    """
-    family = "certified" if certified else "linear_logprobs"
+
+def noisy_linear_logprobs_module(
+    hidden: Tensor, weight: Tensor, backend: str, certified: bool = False
+) -> ModuleType:
+    """The same of token log-probs under noisy logits."""
+    family = "certified_noisy" if certified else "noisy_linear_logprobs"
+    return _module(family, hidden, weight, backend)
+
+
+def _module(family: str, hidden: Tensor, weight: Tensor, backend: str) -> ModuleType:
+    """``"auto"`` takes PyTorch where Triton's kernels do not support the device, ``"triton"`` is an error there."""
     name = choose_backend(backend, hidden.device, hidden.dtype)
     module = importlib.import_module(f".{family}_{name}", __package__)
     if backend == "auto" and name == "triton" and module.supported(hidden, weight) is not None:

@@ -2,13 +2,10 @@
 
 The forward makes the logits of a chunk of rows over the whole vocabulary and, while it has them, finds for each
 row the threshold below which at most ``tol`` of the probability lies. The backward takes a group of blocks
-(``nucleus``) and walks the columns that any of them needs, in the order of the smallest block that needs them,
-a piece at a time: the blocks that need some of a piece make their logits on it again, and two products:
+(``nucleus``) and walks the columns that any of them needs a piece at a time (``certified_groups_torch``): the
+blocks that need some of a piece make their logits on it again, and two products:
 
     dH[rows] += dz·W[piece]        dW[piece] += dzᵀ·H[rows]        dz zero outside each block's own union
-
-Unions of growing size are nearly nested, so few pieces hold much that is not needed, W and dW are gathered once
-for the whole group, and the products are as tall as in the exact backward.
 
 Cost: one product of n×V×H in the forward, 3ρ in the backward, ρ the share of (row, column) pairs in the pieces
 that are made. Passes over a chunk in the forward: about five for the softmax, three for each of ``STEPS`` looks
@@ -17,15 +14,13 @@ at the threshold.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .certified_groups_torch import Group, column_pieces, keep_needed, make_groups
 from .chunking import (
-    CertifiedPlan,
     plan_certified_backward,
     plan_certified_forward,
     plan_tile,
@@ -43,7 +38,7 @@ from .linear_logprobs_torch import (
     write_rows,
 )
 from .logit_transform import LogitTransform
-from .nucleus import WORD_BITS, Nuclei, block_rows, column_mask, gather_blocks, words
+from .nucleus import WORD_BITS, Nuclei, block_rows, gather_blocks, words
 from .precision import accumulation_dtype, full_precision
 
 # Of the search for a row's threshold, on the logarithms of threshold and tail mass. Four looks leave the nuclei
@@ -66,8 +61,12 @@ def forward(
     transform: LogitTransform,
     want_stats: bool,
     tol: float,
+    perturb: Callable[[Tensor, Tensor, slice], None] | None = None,
 ) -> tuple[ForwardResult, Nuclei]:
-    """What ``linear_logprobs_torch.forward`` returns, and the nuclei for ``tol`` > 0."""
+    """What ``linear_logprobs_torch.forward`` returns, and the nuclei for ``tol`` > 0.
+
+    ``perturb(z, h, places)`` may change the logits z (R, V) of rows h (R, H), those at ``places`` of the n.
+    """
     dtype = accumulation_dtype(hidden.dtype)
     n, vocab, device = labels.numel(), weight.shape[0], hidden.device
     height = block_rows(device)
@@ -93,6 +92,8 @@ def forward(
                 z = chunk[: r.stop - r.start]
                 h = row_block(hidden, rows, places, dtype)
                 _fill_logits(z, h, weight, bias, transform, plan.widened_cols)
+                if perturb is not None:
+                    perturb(z, h, places)
                 for t in spans(z.shape[0], plan.tile_rows):
                     of_tile = slice(places.start + t.start, places.start + t.stop)
                     of_window = slice(r.start + t.start, r.start + t.stop)
@@ -256,7 +257,7 @@ def backward(
     d_bias = torch.zeros(vocab, dtype=dtype, device=device) if need_bias else None
     grad = grad.to(dtype)
     plan = plan_certified_backward(vocab, width, block_rows(device), device, dtype)
-    groups = _groups(grad, counts, vocab, plan)
+    groups = make_groups(grad, counts, vocab, plan)
     room = _Room(
         min(n, plan.group_rows), min(vocab, plan.piece_cols), width, weight.dtype, dtype, device
     )
@@ -309,15 +310,6 @@ def backward(
     return d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype)
 
 
-class Group(NamedTuple):
-    """Rows whose products are made together: those of a few blocks that have a coefficient."""
-
-    places: Tensor  # (R,) int64, block after block
-    blocks: Tensor  # (B,) int64, largest union first
-    starts: list[int]  # (B + 1): block k has the rows starts[k] to starts[k + 1] of the group
-    dense: bool  # every block takes all columns
-
-
 class _Room:
     """Room for gathered columns. Taken anew for each gather, its pages would cost more than the gather."""
 
@@ -333,24 +325,6 @@ class _Room:
         self.weight = torch.empty((cols, width), dtype=narrow, device=device)
         self.d_weight = torch.empty((cols, width), dtype=wide, device=device)
         self.logits = torch.empty(rows * cols, dtype=wide, device=device)
-
-
-def _groups(grad: Tensor, counts: Tensor, vocab: int, plan: CertifiedPlan) -> list[Group]:
-    """The rows with a coefficient, blocks of similar union together, large ones first."""
-    height = block_rows(grad.device)
-    active = grad.nonzero().squeeze(1)
-    block = torch.div(active, height, rounding_mode="floor")
-    numbers, lengths = block.unique_consecutive(return_counts=True)
-    places = active.split(lengths.tolist())
-    order = torch.argsort(counts[numbers], descending=True, stable=True)
-    groups = []
-    for of_group in order.split(plan.group_rows // height) if len(order) else ():
-        chosen = [places[k] for k in of_group.tolist()]
-        starts = [0, *itertools.accumulate(len(p) for p in chosen)]
-        blocks = numbers[of_group]
-        dense = bool((counts[blocks] == vocab).all())
-        groups.append(Group(torch.cat(chosen), blocks, starts, dense))
-    return groups
 
 
 def _add_columns(
@@ -371,51 +345,26 @@ def _add_columns(
     room: _Room,
 ) -> None:
     """The part of the gradients that a group's columns have, piece by piece of these, gathered and put back."""
-    width = v.stop - v.start
-    needed = column_mask(columns[group.blocks, v.start // WORD_BITS : words(v.stop)], width)
-    needed |= (counts[group.blocks] == weight.shape[0]).unsqueeze(1)
-    smallest = torch.full((width,), -1, device=h.device)  # block that needs a column; −1: none
-    for k, of_block in enumerate(needed):
-        smallest.masked_fill_(of_block, k)
-    cols = torch.argsort(smallest, descending=True, stable=True)
-    cols = cols[: int((smallest >= 0).sum())]
-    position = torch.full((width + 1,), -1, device=h.device)
-    position[cols] = torch.arange(cols.numel(), device=h.device)
-    label = torch.where((labels >= v.start) & (labels < v.stop), labels - v.start, width)
-    at_label = position[label]  # among cols, −1 where the label is elsewhere
-
-    for piece in spans(cols.numel(), len(room.weight)):
-        c = cols[piece]
+    pieces = column_pieces(labels, columns, counts, weight.shape[0], v, group, len(room.weight))
+    for piece in pieces:
+        c = piece.columns
         count = c.numel()
         w = torch.index_select(weight[v], 0, c, out=room.weight[:count]).to(h.dtype)
         b = None if bias is None else bias[v][c].to(h.dtype)
         part_w = None if dw is None else torch.index_select(dw, 0, c, out=room.d_weight[:count])
         part_b = None if db is None else db[c]
-        column = (at_label - piece.start).clamp_(0, count - 1)
-        inside = (at_label >= piece.start) & (at_label < piece.stop)
-        of_piece = needed[:, c]
-        whole = of_piece.all(dim=1).tolist()
-        for first, last in _runs(of_piece.any(dim=1).tolist()):
+        for first, last in piece.runs:
             r = slice(group.starts[first], group.starts[last])
             z = room.logits[: (r.stop - r.start) * count].view(-1, count)
-            dz = dlogits_tile(h[r], w, b, column[r], inside[r], lse[r], grad[r], transform, z)
-            for k in range(first, last):
-                if not whole[k]:
-                    dz[group.starts[k] - r.start : group.starts[k + 1] - r.start].mul_(of_piece[k])
+            dz = dlogits_tile(
+                h[r], w, b, piece.label[r], piece.inside[r], lse[r], grad[r], transform, z
+            )
+            keep_needed(dz, piece, group, first, last)
             add_products(dz, h[r], w, None if dh is None else dh[r], part_w, part_b)
         if dw is not None and part_w is not None:
             dw.index_copy_(0, c, part_w)
         if db is not None and part_b is not None:
             db[c] = part_b
-
-
-def _runs(flags: list[bool]) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) of each run of true flags."""
-    places = itertools.groupby(range(len(flags)), flags.__getitem__)
-    for flag, run in places:
-        if flag:
-            of_run = list(run)
-            yield of_run[0], of_run[-1] + 1
 
 
 def _add_all_columns(

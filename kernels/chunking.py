@@ -99,17 +99,22 @@ def plan_certified_forward(
 
 
 def plan_certified_backward(
-    vocab: int, width: int, height: int, device: torch.device, dtype: torch.dtype
+    vocab: int,
+    width: int,
+    height: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    tiles: int = 1,
 ) -> CertifiedPlan:
     """Of eighths of the budget one each for a group's rows of H and for their dH, half of one each for gathered
-    rows of W, for the same widened, for those of dW, for a tile of logits and for the group's unions at a byte
-    per column, three for a slice of dW.
+    rows of W, for the same widened, for those of dW, for ``tiles`` tiles of the size of the logits and for the
+    group's unions at a byte per column, three for a slice of dW.
     """
     eighth = budget_bytes(device) // 8
     rows = max(1, eighth // (width * dtype.itemsize))
     blocks = max(1, min(min(rows, MAX_GROUP_ROWS) // height, eighth // 2 // vocab))
     group = blocks * height
-    piece = max(1, min(rows // 2, eighth // 2 // (group * dtype.itemsize)))
+    piece = max(1, min(rows // 2, eighth // 2 // (tiles * group * dtype.itemsize)))
     return CertifiedPlan(group, piece, max(1, 3 * rows // 32) * 32)
 
 

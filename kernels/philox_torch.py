@@ -26,8 +26,8 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 LANES = 4  # normals of one counter
 COUNTERS = (
-    2**15
-)  # drawn at a time, about 3 MiB of words: they stay in a cache, and small beside a tile
+    2**16
+)  # drawn at a time: 512 KiB a word, few enough for a cache, enough for every thread of a CPU
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -42,20 +42,33 @@ def philox(counter: Words, seed: int) -> Words:
     c0, c1, c2, c3 = counter
     key0, key1 = seed & WORD, seed >> 32
     for _ in range(ROUNDS):
-        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         # What is not multiplied next may keep bits above the 32nd: they are cut off with those of the shift.
-        c0 = ((product1 >> 32) ^ (c1 ^ key0)) & WORD
-        c2 = ((product0 >> 32) ^ (c3 ^ key1)) & WORD
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c2 = _mixed(product1, c1, key0), _mixed(product0, c3, key1)
         c1, c3 = product1, product0
         key0, key1 = (key0 + KEY_STEPS[0]) & WORD, (key1 + KEY_STEPS[1]) & WORD
     return c0, c1 & WORD, c2, c3 & WORD
 
 
-def normal_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _mixed(product: Tensor, word: Tensor, key: int) -> Tensor:
+    """High word of the product ^ word ^ key, in place where it has the full shape, else small ones first."""
+    high = product >> 32
+    full = torch.broadcast_shapes(high.shape, word.shape)
+    if high.shape != full:
+        return ((high ^ key) & WORD) ^ (word & WORD)
+    if word.shape != full:
+        return high.bitwise_xor_(word ^ key).bitwise_and_(WORD)
+    return high.bitwise_xor_(word).bitwise_xor_(key).bitwise_and_(WORD)
+
+
+def normal_pair(
+    x: Tensor, y: Tensor, out: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+) -> tuple[Tensor, Tensor]:
     """Two independent standard normals, float32, of two words."""
     radius = uniform(x).log_().mul_(-2.0).sqrt_()
     angle = uniform(y).mul_(2 * math.pi)
-    return radius * torch.cos(angle), radius.mul_(torch.sin(angle))
+    first = torch.mul(radius, torch.cos(angle), out=out[0])
+    return first, torch.mul(radius, angle.sin_(), out=out[1])
 
 
 def uniform(x: Tensor) -> Tensor:
@@ -81,15 +94,28 @@ def normal_tile(
 
     They are float32, and converted to the dtype of ``out`` where that is given.
     """
-    start = first // LANES
-    groups = torch.arange(start, -(-last // LANES), device=token.device)
+    start, stop = first // LANES, -(-last // LANES)
+    groups = torch.arange(start, stop, device=token.device)
     if out is None:
         out = torch.empty((token.numel(), last - first), dtype=torch.float32, device=token.device)
+    in_place = first % LANES == last % LANES == 0 and out.dtype == torch.float32
     for r in spans(token.numel(), max(1, COUNTERS // groups.numel())):
         words = philox(_counter(token[r].unsqueeze(1), groups), seed)
-        lanes = [lane for k in (0, 2) for lane in normal_pair(words[k], words[k + 1])]
-        both = torch.stack(lanes, dim=-1).flatten(1)
-        out[r] = both[:, first - start * LANES : last - start * LANES]
+        if in_place:
+            lanes = out[r].unflatten(1, (-1, LANES)).unbind(2)
+            for k in (0, 2):
+                normal_pair(words[k], words[k + 1], out=(lanes[k], lanes[k + 1]))
+        else:
+            drawn = [lane for k in (0, 2) for lane in normal_pair(words[k], words[k + 1])]
+            both = torch.stack(drawn, dim=-1).flatten(1)
+            out[r] = both[:, first - start * LANES : last - start * LANES]
+    return out
+
+
+def normal_columns(seed: int, token: Tensor, columns: Tensor, out: Tensor) -> Tensor:
+    """Normals (R, C) of tokens (R,) and any vocabulary entries (C,), in the dtype of ``out``."""
+    for r in spans(token.numel(), max(1, COUNTERS // columns.numel())):
+        out[r] = normals(seed, token[r].unsqueeze(1), columns)
     return out
 
 

@@ -15,16 +15,14 @@ from torch import Tensor
 
 from fastpo.kernels.backends import choose_backend, linear_logprobs_module
 from fastpo.kernels.logit_transform import LogitTransform
-from fastpo.kernels.nucleus import Nuclei, block_count, block_rows, words
-from fastpo.kernels.precision import LOW_PRECISION, accumulation_dtype
+from fastpo.kernels.nucleus import Nuclei, block_count, block_rows
+from fastpo.kernels.precision import accumulation_dtype
 
 from .arguments import check_arguments, check_tensors, kept_rows, under_autocast
 from .certificate import check_certificate
+from .certified import DEFAULT_TOL, blocks_of, check_backward, effective_tol, empty_blocks
 from .checks import check_everything
 from .differentiable_once import refuse_double_backward
-
-BACKWARDS = ("auto", "exact", "certified")
-DEFAULT_TOL = 2**-10
 
 
 class TokenStats(NamedTuple):
@@ -153,21 +151,11 @@ def linear_logprobs(
     Under autocast, ``hidden``, ``weight`` and ``bias`` are cast to the autocast dtype first, as a linear layer
     would do; float64 stays.
     """
-    if backward not in BACKWARDS:
-        raise ValueError(f"backward: got {backward!r}, expected one of {', '.join(BACKWARDS)}")
+    check_backward(backward, tol)
     check_tensors(bias=bias, hidden=hidden, weight=weight, labels=labels)
     hidden, weight, bias = under_autocast(hidden, weight, bias)
     check_arguments(hidden, weight, labels, bias, logit_scale, softcap, temperature)
-    if not 0.0 <= tol < 1.0:
-        raise ValueError(f"tol: got {tol}, expected a number in [0, 1)")
     choose_backend(backend, hidden.device, hidden.dtype)
-    if backward == "exact" or (backward == "auto" and hidden.dtype not in LOW_PRECISION):
-        tol = 0.0
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (hidden, weight, bias)
-    )
-    if not differentiable:
-        tol = 0.0  # there is no backward to prepare
     shape = labels.shape
     logps, _, _, _, entropy, top1, logit_mean, _, _, *per_call = _linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -180,7 +168,7 @@ def linear_logprobs(
         ignore_index,
         backend,
         return_stats,
-        float(tol),
+        effective_tol(backward, tol, (hidden, weight, bias)),
         low_memory,
     )
     logps = logps.view(shape)
@@ -256,7 +244,7 @@ def _linear_logprobs(
     else:
         result, nuclei = module.forward(*arguments, tol)
         order = torch.cat([order[:count][nuclei.order], order[count:]])
-        columns, counts = _blocks_of(nuclei, labels.numel(), weight.shape[0])
+        columns, counts = blocks_of(nuclei, labels.numel(), weight.shape[0])
         per_call = _certified_statistics(nuclei, count, weight.shape[0])
 
     def per_token(values: Tensor | None) -> Tensor:
@@ -278,15 +266,6 @@ def _linear_logprobs(
         counts,
         *per_call,
     )
-
-
-def _blocks_of(nuclei: Nuclei, tokens: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """Masks and counts in tensors whose size depends on shapes alone: as if every token carried a label."""
-    used, most = nuclei.counts.numel(), block_count(tokens, nuclei.counts.device)
-    columns = nuclei.columns.new_zeros(most, words(vocab))
-    counts = nuclei.counts.new_zeros(most)
-    columns[:used], counts[:used] = nuclei.columns, nuclei.counts
-    return columns, counts
 
 
 def exact_statistics(count: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,15 +315,13 @@ def _(
     else:
         stats = [torch.empty_like(per_token) for _ in range(3)]
         stats[1] = stats[1].bool()
-    blocks = block_count(labels.numel(), labels.device) if tol > 0 else 0
     return (
         per_token,
         torch.empty_like(per_token),
         torch.empty_like(labels),
         torch.empty(1, dtype=torch.int64, device="cpu"),
         *stats,
-        labels.new_empty(blocks and (blocks, words(weight.shape[0])), dtype=torch.int32),
-        labels.new_empty(blocks, dtype=torch.int32),
+        *empty_blocks(labels, weight.shape[0], tol),
         per_token.new_empty(()),
         per_token.new_empty(()),
         labels.new_empty(()),

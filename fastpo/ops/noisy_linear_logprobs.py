@@ -1,7 +1,8 @@
 """``noisy_linear_logprobs``: token log-probabilities under logits with trainable noise, as DNPO has them.
 
 Checks and the registration with ``torch.library``; the arithmetic is in
-``fastpo.kernels.noisy_linear_logprobs_torch``.
+``fastpo.kernels.noisy_linear_logprobs_torch`` and ``fastpo.kernels.noisy_linear_logprobs_triton``, that of the
+certified backward in ``fastpo.kernels.certified_noisy_torch`` and ``fastpo.kernels.certified_noisy_triton``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from fastpo.kernels.backends import choose_backend, noisy_linear_logprobs_module
 from fastpo.kernels.logit_transform import LogitTransform
-from fastpo.kernels.noisy_linear_logprobs_torch import Needed, Noise, backward, forward
+from fastpo.kernels.noise import Needed, Noise
+from fastpo.kernels.nucleus import block_count
 from fastpo.kernels.precision import accumulation_dtype
 
 from .arguments import check_arguments, check_tensors, kept_rows, under_autocast
+from .certificate import check_certificate
+from .certified import DEFAULT_TOL, blocks_of, check_backward, effective_tol, empty_blocks
+from .checks import check_everything
 from .differentiable_once import refuse_double_backward
 from .philox import SEEDS, check_seed
 
@@ -36,6 +42,9 @@ def noisy_linear_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    backward: str = "auto",
+    tol: float = DEFAULT_TOL,
+    backend: str = "auto",
     return_clean: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -56,6 +65,9 @@ def noisy_linear_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    backward: str = "auto",
+    tol: float = DEFAULT_TOL,
+    backend: str = "auto",
     return_clean: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -75,14 +87,17 @@ def noisy_linear_logprobs(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    backward: str = "auto",
+    tol: float = DEFAULT_TOL,
+    backend: str = "auto",
     return_clean: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label under softmax(z + σ∘ε), σ = U h + s (U A h + s with ``noise_proj``).
 
     z is the logit of :func:`fastpo.linear_logprobs`; ε = :func:`fastpo.philox_normal` (seed, token index,
     vocabulary index), so the noise depends neither on batching nor on the device. Logits, σ and ε are held for
-    one tile at a time, in the forward and, made again, in the backward. Every device runs PyTorch's own
-    operations.
+    one tile at a time, in the forward and, made again, in the backward, there by the certified backward only
+    where they matter: for each token all but ``tol`` of the noisy probability.
 
     Source: the noise of DNPO (Yang et al., arXiv 2502.05400). The sign of σ is free, as ε is symmetric.
 
@@ -98,6 +113,11 @@ def noisy_linear_logprobs(
         bias: (V,) of the LM head, or None.
         logit_scale, softcap, temperature: of z, as in :func:`fastpo.linear_logprobs`; the noise is added to z.
         ignore_index: rows with this label cost nothing, get log-prob 0 and no gradient.
+        backward: ``"exact"``; ``"certified"``; or ``"auto"``, as in :func:`fastpo.linear_logprobs`. The
+            certified gradient is exact on a set of vocabulary entries and 0 elsewhere: for every token
+            ‖error of d loss/d z‖₁ ≤ tol·|d loss/d log-prob|, and at most max |ε| times that for σ.
+        tol: the probability that the certified backward may leave out per token, in [0, 1); 0 is exact.
+        backend: ``"auto"`` (Triton on CUDA, else PyTorch), ``"triton"`` or ``"torch"``.
         return_clean: also return the log-probs without the noise, which cost no product more.
 
     Returns:
@@ -107,12 +127,14 @@ def noisy_linear_logprobs(
 
     Raises:
         TypeError: an argument of the wrong dtype.
-        ValueError: shapes or devices that do not fit, a label outside [0, V), a seed out of range.
+        ValueError: shapes or devices that do not fit, a label outside [0, V), a seed out of range, a tolerance
+            outside [0, 1).
 
     Memory beyond inputs and gradients: tiles of bounded size, 4·N·H bytes where ``hidden`` has a gradient, and
     4·N·r with ``noise_proj`` (8·N·r in the backward).
     """
     check_tensors(bias=bias, hidden=hidden, weight=weight, labels=labels, noise_weight=noise_weight)
+    check_backward(backward, tol)
     hidden, weight, bias = under_autocast(hidden, weight, bias)
     check_arguments(hidden, weight, labels, bias, logit_scale, softcap, temperature)
     check_seed(seed)
@@ -124,7 +146,9 @@ def noisy_linear_logprobs(
             f"token_index: got {token_index.dtype} of shape {tuple(token_index.shape)}, expected "
             f"torch.int64 of that of labels, {tuple(labels.shape)}"
         )
-    logps, _, _, _, clean = _noisy_linear_logprobs(
+    choose_backend(backend, hidden.device, hidden.dtype)
+    leaves = (hidden, weight, bias, noise_weight, noise_bias, noise_proj)
+    logps, _, _, _, clean, _, _ = _noisy_linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels.reshape(-1),
@@ -139,6 +163,8 @@ def noisy_linear_logprobs(
         float(temperature),
         ignore_index,
         return_clean,
+        backend,
+        effective_tol(backward, tol, leaves),
     )
     logps = logps.view(labels.shape)
     return (logps, clean.detach().view(labels.shape)) if return_clean else logps
@@ -201,32 +227,48 @@ def _noisy_linear_logprobs(
     temperature: float,
     ignore_index: int,
     want_clean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(N,) log-probs, (N,) lse, (N,) kept rows first, their number on the CPU, (N,) or (0,) clean log-probs."""
+    backend: str,
+    tol: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(N,) log-probs, (N,) lse, (N,) kept rows first, their number on the CPU, (N,) or (0,) clean log-probs,
+    column masks and counts of the blocks ((0,) for the exact backward).
+
+    The kept rows are in block order where there are blocks.
+    """
     order, count = kept_rows(labels, ignore_index, weight.shape[0])
     rows = order[:count]
-    result = forward(
+    module = noisy_linear_logprobs_module(hidden, weight, backend, certified=tol > 0)
+    arguments = (
         hidden, weight, bias, labels[rows], rows, LogitTransform(logit_scale, softcap, temperature),
         Noise(noise_weight, noise_proj, noise_bias, seed % SEEDS, token_index[rows]), want_clean,
     )  # fmt: skip
+    if tol == 0:
+        result = module.forward(*arguments)
+        columns, counts = (torch.empty(0, dtype=torch.int32, device=hidden.device) for _ in "ab")
+    else:
+        result, nuclei = module.forward(*arguments, tol)
+        order = torch.cat([rows[nuclei.order], order[count:]])
+        columns, counts = blocks_of(nuclei, labels.numel(), weight.shape[0])
     logps, lse, clean = (
-        hidden.new_empty(0)
+        result.logps.new_empty(0)
         if values is None
         else values.new_zeros(labels.shape).index_copy_(0, rows, values)
         for values in result
     )
-    return logps, lse, order, torch.tensor([count]), clean
+    return logps, lse, order, torch.tensor([count]), clean, columns, counts
 
 
 @_noisy_linear_logprobs.register_fake
 def _(hidden: Tensor, weight: Tensor, labels: Tensor, *others: Any) -> tuple[Tensor, ...]:
     per_token = labels.new_empty(labels.shape, dtype=accumulation_dtype(hidden.dtype))
+    want_clean, _, tol = others[-3:]
     return (
         per_token,
         torch.empty_like(per_token),
         torch.empty_like(labels),
         torch.empty(1, dtype=torch.int64, device="cpu"),
-        torch.empty_like(per_token) if others[-1] else hidden.new_empty(0),
+        torch.empty_like(per_token) if want_clean else per_token.new_empty(0),
+        *empty_blocks(labels, weight.shape[0], tol),
     )
 
 
@@ -244,18 +286,28 @@ def _noisy_linear_logprobs_backward(
     lse: Tensor,
     order: Tensor,
     count: Tensor,
+    columns: Tensor,
+    counts: Tensor,
     seed: int,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    backend: str,
+    tol: float,
     needed: list[bool],
 ) -> list[Tensor]:
     """Gradients in the order of ``Needed``; (0,) for each that is not needed."""
-    rows = order[: int(count)]  # a CPU tensor: no device is waited for
-    found = backward(
-        grad[rows], hidden, weight, bias, labels[rows], rows, lse[rows],
-        LogitTransform(logit_scale, softcap, temperature),
-        Noise(noise_weight, noise_proj, noise_bias, seed % SEEDS, token_index[rows]),
+    kept = int(count)  # a CPU tensor: no device is waited for
+    rows = order[:kept]
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    noise = Noise(noise_weight, noise_proj, noise_bias, seed % SEEDS, token_index[rows])
+    used = block_count(kept, columns.device)
+    blocks = (columns[:used], counts[:used]) if tol > 0 else ()
+    if blocks and check_everything():
+        check_certificate(hidden, weight, bias, rows, lse[rows], *blocks, transform, tol, noise)
+    module = noisy_linear_logprobs_module(hidden, weight, backend, certified=tol > 0)
+    found = module.backward(
+        grad[rows], hidden, weight, bias, labels[rows], rows, lse[rows], *blocks, transform, noise,
         Needed(*needed),
     )  # fmt: skip
     return [hidden.new_empty(0) if g is None else g for g in found]
@@ -281,17 +333,17 @@ def _(
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, seed, logit_scale, softcap, temperature, _, _ = inputs
-    _, lse, order, count, clean = output
-    ctx.save_for_backward(*tensors, lse, order, count)
-    ctx.options = (seed, logit_scale, softcap, temperature)
+    *tensors, seed, logit_scale, softcap, temperature, _, _, backend, tol = inputs
+    _, lse, order, count, clean, columns, counts = output
+    ctx.save_for_backward(*tensors, lse, order, count, columns, counts)
+    ctx.options = (seed, logit_scale, softcap, temperature, backend, tol)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, order, count, clean)
+    ctx.mark_non_differentiable(lse, order, count, clean, columns, counts)
 
 
 def _differentiate(ctx, d_logps, *_):  # type: ignore[no-untyped-def]
     places = (0, 1, 3, 4, 6, 5)  # of the fields of Needed among the inputs
-    gradients: list[Tensor | None] = [None] * 14
+    gradients: list[Tensor | None] = [None] * 16
     if d_logps is None:
         return tuple(gradients)
     needed = [ctx.needs_input_grad[k] for k in places]

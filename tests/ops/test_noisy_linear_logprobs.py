@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from noisy_problems import CAPPED, NAMES, PLAIN, SEED, draw, oracle, relative, run
 from torch import Tensor
 
 import fastpo
@@ -13,56 +14,6 @@ from fastpo.benchmarks.memory import peak_extra_bytes
 from fastpo.kernels import chunking, noisy_linear_logprobs_torch
 from fastpo.kernels.linear_logprobs_torch import linear_logprobs_reference
 from fastpo.kernels.logit_transform import LogitTransform
-
-NAMES = ("hidden", "weight", "bias", "noise_weight", "noise_bias", "noise_proj")
-PLAIN, CAPPED = LogitTransform(), LogitTransform(0.7, 5.0, 1.3)
-SEED = 2**63 + 12345
-
-
-def draw(
-    n: int = 13, width: int = 9, vocab: int = 37, *, rank: int | None = None,
-    dtype: torch.dtype = torch.float64, sigma: float = 0.5,
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
-    """Inputs that require gradients, labels with two ignored rows, and upstream coefficients."""
-    shapes = {
-        "hidden": (n, width), "weight": (vocab, width), "bias": (vocab,),
-        "noise_weight": (vocab, rank or width), "noise_bias": (vocab,), "noise_proj": (rank or 0, width),
-    }  # fmt: skip
-    inputs = {}
-    for name, shape in shapes.items():
-        if name == "noise_proj" and rank is None:
-            continue
-        scale = sigma if name in ("noise_weight", "noise_bias") else 1.0
-        inputs[name] = (scale * torch.randn(shape)).to(dtype).requires_grad_()
-    labels = torch.randint(vocab, (n,))
-    labels[[1, n - 2]] = -100
-    return inputs, labels, torch.randn(n)
-
-
-def oracle(
-    inputs: dict[str, Tensor], labels: Tensor, transform: LogitTransform, tokens: Tensor
-) -> Tensor:
-    """Dense, in float64, differentiable by autograd."""
-    x = {name: tensor.double() for name, tensor in inputs.items()}
-    raw = x["hidden"] @ x["weight"].t() + x["bias"]
-    z = raw * transform.logit_scale
-    if transform.softcap is not None:
-        z = transform.softcap * torch.tanh(z / transform.softcap)
-    z = z / transform.temperature
-    of_noise = x["hidden"] @ x["noise_proj"].t() if "noise_proj" in x else x["hidden"]
-    sigma = of_noise @ x["noise_weight"].t() + x["noise_bias"]
-    epsilon = fastpo.philox_normal(SEED, tokens[:, None], torch.arange(z.shape[1]))
-    logps = torch.log_softmax(z + sigma * epsilon.double(), dim=-1)
-    kept = labels != -100
-    return torch.where(kept, logps.gather(1, labels.clamp(min=0)[:, None]).squeeze(1), 0.0)
-
-
-def run(inputs: dict[str, Tensor], labels: Tensor, **options: Any) -> Any:
-    return fastpo.noisy_linear_logprobs(labels=labels, seed=SEED, **inputs, **options)
-
-
-def relative(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.fixture(params=["one tile", "small tiles"])
@@ -173,7 +124,8 @@ def test_all_ignored_and_empty(seed: int) -> None:
         assert not any(g.any() for g in gradients)
 
 
-def test_registered_operator(seed: int) -> None:
+@pytest.mark.parametrize("tol", [0.0, 2**-6])
+def test_registered_operator(tol: float, seed: int) -> None:
     inputs, labels, _ = draw(rank=2, dtype=torch.float32)
     noise = [inputs[name] for name in ("noise_weight", "noise_bias", "noise_proj")]
     token_index = torch.arange(len(labels))
@@ -192,6 +144,8 @@ def test_registered_operator(seed: int) -> None:
             1.0,
             -100,
             True,
+            "auto",
+            tol,
         ),
     )
     (first,) = torch.autograd.grad(run(inputs, labels).sum(), inputs["hidden"], create_graph=True)
