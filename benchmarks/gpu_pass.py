@@ -1,4 +1,5 @@
-"""One pass over a CUDA device: every kernel checked against float64 then the set gpu of ``fastpo bench``.
+"""One pass over a CUDA device: every kernel checked against float64, then the set gpu of ``fastpo bench``, then
+what DNPO's noise costs.
 
     python -m fastpo.benchmarks.gpu_pass [--out benchmarks/results] [--minutes 7]
 
@@ -10,6 +11,7 @@ shapes, which measures nothing of interest.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,9 +20,10 @@ from typing import Any
 
 import torch
 
-from . import bench
+from . import bench, noise_cost
 from .cases import GPU, Case
 from .device_checks import Check, checks
+from .noise_checks import noise_checks
 from .timing import reason
 
 CHECKS_SHARE = 0.35  # of the time, after which checks that are left wait for the measurements
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     document["states"] = bench.describe_states(args.states)
 
     budget = bench.Budget(args.minutes)
-    waiting = checks(device)
+    waiting = itertools.chain(checks(device), noise_checks(device))
     run_checks(waiting, document, out, budget.part(CHECKS_SHARE))
     bench.run_cases(
         GPU if device.type == "cuda" else [shrink(case) for case in GPU],
@@ -61,12 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen=chosen,
         states=args.states,
     )
+    if not budget.spent():
+        document["noise_cost"] = measure_noise(device, args.states)
+        bench.write(document, out)
     run_checks(waiting, document, out, budget.spent)
     document["left_out"] += [name for name, _ in waiting]
     bench.write(document, out)
 
     wrong = [entry["name"] for entry in document["checks"] if not entry["ok"]]
     wrong += [record["name"] for record in document["cases"] if "error" in record]
+    wrong += ["noise_cost"] if "error" in document.get("noise_cost", {}) else []
     bench.print_remainder(document)
     print(f"{len(document['checks'])} checks, {len(document['cases'])} cases; written to {out}")
     for name in wrong:
@@ -97,6 +104,18 @@ def run_checks(
             print(f"       {result}", flush=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def measure_noise(device: torch.device, states: Path | None) -> dict[str, Any]:
+    """``noise_cost`` on a shape of a real model, printed; an error is kept as its reason."""
+    shape = (8192, 32_000, 4096) if device.type == "cuda" else (64, 200, 32)
+    try:
+        found = noise_cost.measure(*shape, 5, device, states)
+    except Exception as error:  # it must not cost the checks that are left their run
+        print(f"noise_cost: {reason(error)}", flush=True)
+        return {"error": reason(error)}
+    print(noise_cost.text(found), flush=True)
+    return found
 
 
 def shrink(case: Case) -> Case:

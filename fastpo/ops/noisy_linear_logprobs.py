@@ -72,6 +72,29 @@ def noisy_linear_logprobs(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def noisy_linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    noise_weight: Tensor,
+    noise_bias: Tensor | None = None,
+    *,
+    seed: int,
+    noise_proj: Tensor | None = None,
+    token_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backward: str = "auto",
+    tol: float = DEFAULT_TOL,
+    backend: str = "auto",
+    return_clean: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def noisy_linear_logprobs(
     hidden: Tensor,  # (..., H)
     weight: Tensor,  # (V, H)

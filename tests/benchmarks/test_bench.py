@@ -145,6 +145,12 @@ def test_dry_run_of_the_gpu_pass(tmp_path, states, capsys) -> None:
     document = read(file)
     assert len(document["checks"]) >= 10
     assert all(check["ok"] for check in document["checks"])
+    assert (
+        sum(check["name"].startswith("noisy_linear_logprobs") for check in document["checks"]) == 8
+    )
+    timed = document["noise_cost"]["seconds"]
+    assert {"noisy forward", "noisy exact", "noisy certified", "draw"} < set(timed)
+    assert all(len(seconds) == 5 for seconds in timed.values())
     assert len(document["cases"]) == len(GPU)
     assert document["left_out"] == []
     for record in document["cases"]:
