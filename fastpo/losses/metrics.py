@@ -12,9 +12,10 @@ from fastpo.ops.linear_logprobs import TokenStats
 
 @dataclass
 class PreferenceOutput:
-    """Result of :class:`fastpo.PreferenceLoss` for B pairs; rewards, γ and token means are detached.
+    """Result of :class:`fastpo.PreferenceLoss` for B pairs; rewards, γ, token means and ``noise`` are detached.
 
-    ``loss`` is the mean of ``losses`` plus the weighted SFT term.
+    ``loss`` is the mean of ``losses`` plus the weighted SFT term; with noise it is that of the players whose
+    turn it is, see :class:`fastpo.PreferenceLoss`. Rewards never have noise in them.
     """
 
     loss: Tensor  # ()
@@ -31,6 +32,7 @@ class PreferenceOutput:
     token_means: dict[str, Tensor] = field(
         default_factory=dict
     )  # metric name → (), from TokenStats
+    noise: dict[str, Tensor] = field(default_factory=dict)  # metric name → (); empty without noise
 
     def metrics(self) -> dict[str, float]:
         """This batch's metrics as Python floats, in one transfer to the host.
@@ -39,6 +41,9 @@ class PreferenceOutput:
         ``rewards/accuracies`` (share of pairs with chosen > rejected), ``logps/chosen``, ``logps/rejected``
         (sums per answer, nats). With a dynamic margin ``gamma/mean``, ``gamma/std``, ``gamma/min``,
         ``gamma/max``; with an SFT term ``nll_loss``.
+        With noise ``loss/model`` (ℓ and the SFT term), ``loss/noise`` (−ℓ + α·mean σ²), ``noise/penalty`` (mean
+        σ²), ``noise/sigma_mean`` (its root, the root mean square of σ, in units of logits) and
+        ``noise/margin_shift`` (how much larger the noise made the reward margin, mean over pairs).
         Where token statistics were computed, means over labelled tokens: ``entropy`` (nats),
         ``logits/chosen``, ``logits/rejected`` (mean logit), and ``mean_token_accuracy`` (of the chosen
         answers). ``num_tokens`` counts the labelled tokens of this batch; TRL's is a running total of all
@@ -52,6 +57,7 @@ class PreferenceOutput:
             "logps/chosen": self.chosen_logps.detach().mean(),
             "logps/rejected": self.rejected_logps.detach().mean(),
             **self.token_means,
+            **self.noise,
         }
         if self.num_tokens is not None:
             values["num_tokens"] = self.num_tokens

@@ -6,6 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +14,17 @@ from torch import Tensor, nn
 
 from fastpo.kernels.preference_epilogue_torch import PAIR_LOSSES, pair_loss
 from fastpo.margins import DynamicMargin
+from fastpo.noise import NoiseGenerator
+from fastpo.ops.certified import DEFAULT_TOL
 from fastpo.ops.checks import check_everything
-from fastpo.ops.linear_logprobs import DEFAULT_TOL, TokenStats, linear_logprobs
+from fastpo.ops.linear_logprobs import TokenStats, linear_logprobs
+from fastpo.ops.philox import check_seed
 from fastpo.ops.preference_epilogue import epilogue_backend, preference_epilogue
 from fastpo.ops.sequence_logprobs import sequence_sums
 
+from .across_ranks import mean_over_ranks
 from .metrics import PreferenceOutput, token_means
+from .noisy_reference import NoisyReference, check_player, reversed_gradient, score_with_noise
 from .pairs import Pairs
 from .pointwise import sft
 from .registry import find_loss
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 DEFAULT_GAMMA0 = 0.5  # TRL's simpo_gamma
+DEFAULT_NOISE_ALPHA = 1.0
 
 
 class PreferenceLoss(nn.Module):
@@ -47,6 +54,8 @@ class PreferenceLoss(nn.Module):
         sft_weight: weight of the SFT term; None: the loss's own (1 for ``cpo`` and ``orpo``, else 0).
         margin: dynamic margins, ``margin(gaps, gamma0) → γ`` for (B,) float64 gaps
             (:class:`fastpo.DynamicMargin`, γ-PO); None: the fixed target γ0 for ``simpo``, none for the others.
+        noise: DNPO's noise generator, for a loss with a reference; see below. None: no noise.
+        noise_alpha: weight α ≥ 0 of the penalty on the variance of the noise; None: 1. With ``noise`` alone.
         ignore_index: label of tokens that do not count.
         logit_scale, softcap, temperature, backward, tol, low_memory, backend: see
             :func:`fastpo.linear_logprobs`.
@@ -59,11 +68,22 @@ class PreferenceLoss(nn.Module):
         options: keywords of the chosen loss alone: ``discopop_tau``, ``rdpo_alpha``, or β-DPO's ``a``,
             ``momentum``, ``sample_fraction``, ``seed``.
 
-    State (that of ``beta_dpo`` and of the margin) is in ``state_dict()`` and changes in training mode only.
+    With ``noise`` (DNPO, Yang et al., arXiv 2502.05400) the reference's log-probs of the rejected answers are,
+    in training mode, those under softmax(z + σ∘ε). Two players meet: the policy θ lowers ℓ, the generator θσ
+    raises it, and pays α·mean(σ²), the mean over the rejected answers' labelled tokens and the vocabulary:
+
+        ℓ(m(θ, sg θσ)) − ℓ(m(sg θ, θσ)) + α·mean(σ²),   sg: no gradient flows
+
+    so each gets the gradient of its own loss from one backward. γ is solved on the noisy gaps, those that the
+    loss sees. In evaluation mode there is no noise: the loss is that of the same ``loss_type`` without it.
+
+    State (that of ``beta_dpo``, of the margin and of the noise generator) is in ``state_dict()``; that of the
+    first two changes in training mode only.
 
     Raises:
         TypeError: an option that the loss does not have.
-        ValueError: an unknown loss, a number out of range, γ0 given twice, or a margin for a loss without.
+        ValueError: an unknown loss, a number out of range, γ0 given twice, a margin for a loss without, or
+            noise for a loss without a reference.
     """
 
     def __init__(
@@ -76,6 +96,8 @@ class PreferenceLoss(nn.Module):
         label_smoothing: float = 0.0,
         sft_weight: float | None = None,
         margin: Callable[[Tensor, float], Tensor] | None = None,
+        noise: NoiseGenerator | None = None,
+        noise_alpha: float | None = None,
         ignore_index: int = -100,
         logit_scale: float = 1.0,
         softcap: float | None = None,
@@ -108,6 +130,14 @@ class PreferenceLoss(nn.Module):
         if not 0 <= self.sft_weight < math.inf:
             raise ValueError(f"sft_weight: got {sft_weight}, expected a finite number ≥ 0")
         self.margin = margin
+        self.noise_alpha = DEFAULT_NOISE_ALPHA if noise_alpha is None else noise_alpha
+        if not 0 <= self.noise_alpha < math.inf:
+            raise ValueError(f"noise_alpha: got {noise_alpha}, expected a finite number ≥ 0")
+        if noise is not None:
+            self.spec.check_noise()
+        elif noise_alpha is not None:
+            _warn(f"noise_alpha={noise_alpha} has no effect without a noise generator")
+        self.noise = noise
         self.function = self.spec.bind(**options)
         self.ignore_index = ignore_index
         self.return_stats = return_stats
@@ -138,6 +168,9 @@ class PreferenceLoss(nn.Module):
         ref_hidden: Tensor | None = None,  # like hidden
         ref_weight: Tensor | None = None,  # (V, H')
         ref_bias: Tensor | None = None,  # (V,)
+        noise_seed: int | None = None,
+        token_index: Tensor | None = None,  # like labels
+        player: str = "both",
     ) -> PreferenceOutput:
         """Loss of B pairs from the last hidden states.
 
@@ -151,28 +184,54 @@ class PreferenceLoss(nn.Module):
             ref_logps: the reference's log-probs, summed per answer; or, not both,
             ref_hidden, ref_weight, ref_bias: what computes them, without gradient, on the same labels and with
                 the same ``logit_scale``, ``softcap`` and ``temperature``; for a reference of another kind
-                give ``ref_logps``.
+                give ``ref_logps``. Under noise the rejected answers need them at every step.
+            noise_seed: seed of this step's noise, in [0, 2⁶⁴), another one at every step. With ``noise`` and in
+                training mode alone, where it must be given.
+            token_index: int64, which token each position is, as the noise is to see it, so that it does not
+                depend on how the batch is laid out; None: the position in ``labels``.
+            player: whose loss is returned and differentiated under noise: ``"both"``; ``"model"``, ℓ with the
+                generator frozen; or ``"noise"``, −ℓ + α·mean(σ²) with the policy frozen.
 
         Raises:
             TypeError, ValueError: dtypes, shapes or devices that do not fit; an odd number of rows; no
-                reference where the loss needs one, or two.
+                reference where the loss needs one, or two; no seed where there is noise, or one where there is
+                none.
         """
         _check_even(labels, cu_seqlens)
+        check_player(player)
+        noisy = None
+        if self.noise is None and (noise_seed is not None or token_index is not None):
+            raise ValueError("noise_seed, token_index: got one without a noise generator")
         if ref_hidden is not None:
             if ref_logps is not None:
                 raise ValueError("ref_logps, ref_hidden: got both, expected one of them")
             if ref_weight is None:
                 raise ValueError("ref_weight: got None, expected (V, H) with ref_hidden")
-            with torch.no_grad():
-                try:
-                    tokens = linear_logprobs(
-                        ref_hidden, ref_weight, labels, ref_bias, **self.operation_options
+            try:
+                if self.noise is not None and self.training:
+                    with torch.set_grad_enabled(torch.is_grad_enabled() and player != "model"):
+                        ref_logps, noisy = self._noisy_reference(
+                            ref_hidden,
+                            ref_weight,
+                            labels,
+                            ref_bias,
+                            cu_seqlens,
+                            noise_seed,
+                            token_index,
+                        )
+                else:
+                    ref_logps = self._reference(
+                        ref_hidden, ref_weight, labels, ref_bias, cu_seqlens
                     )
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"ref_hidden, ref_weight or ref_bias: {error}") from error
-                ref_logps, _ = sequence_sums(
-                    tokens, labels, cu_seqlens=cu_seqlens, ignore_index=self.ignore_index
-                )
+            except (TypeError, ValueError) as error:
+                if str(error).startswith("noise_seed:"):
+                    raise
+                raise type(error)(f"ref_hidden, ref_weight or ref_bias: {error}") from error
+        elif self.noise is not None and self.training:
+            raise ValueError(
+                "ref_hidden: got None, expected (…, H) with ref_weight: the rejected answers are scored anew "
+                "under noise at every step"
+            )
         elif ref_weight is not None or ref_bias is not None:
             raise ValueError("ref_hidden: got None, expected (…, H) with ref_weight or ref_bias")
         if self.spec.needs_reference and ref_logps is None:
@@ -180,16 +239,83 @@ class PreferenceLoss(nn.Module):
                 f"ref_logps: got None, expected (2B,), or ref_hidden and ref_weight: loss {self.spec.name!r} "
                 "needs a reference"
             )
-        if not self.return_stats:
-            token_logps = linear_logprobs(hidden, weight, labels, bias, **self.operation_options)
-            stats = None
-        else:
-            token_logps, stats = linear_logprobs(
-                hidden, weight, labels, bias, return_stats=True, **self.operation_options
+        with torch.set_grad_enabled(torch.is_grad_enabled() and player != "noise"):
+            result: Any = linear_logprobs(
+                hidden,
+                weight,
+                labels,
+                bias,
+                return_stats=self.return_stats,
+                **self.operation_options,
             )
+        token_logps, stats = result if self.return_stats else (result, None)
         return self.from_token_logps(
-            token_logps, labels, cu_seqlens=cu_seqlens, ref_logps=ref_logps, stats=stats
+            token_logps,
+            labels,
+            cu_seqlens=cu_seqlens,
+            ref_logps=ref_logps,
+            noisy_reference=noisy,
+            player=player,
+            stats=stats,
         )
+
+    @torch.no_grad()
+    def _reference(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        """The reference's log-prob sums of all answers, (2B,) float64."""
+        tokens = linear_logprobs(hidden, weight, labels, bias, **self.operation_options)
+        return sequence_sums(tokens, labels, cu_seqlens=cu_seqlens, ignore_index=self.ignore_index)[
+            0
+        ]
+
+    def _noisy_reference(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        cu_seqlens: Tensor | None,
+        seed: int | None,
+        token_index: Tensor | None,
+    ) -> tuple[Tensor, NoisyReference]:
+        """The same, each answer scored once: the rejected ones with and without noise."""
+        assert self.noise is not None
+        if seed is None:
+            raise ValueError(
+                "noise_seed: got None, expected an integer in [0, 2**64) with noise in training"
+            )
+        try:
+            check_seed(seed)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"noise_{error}") from error
+        if token_index is not None and (
+            token_index.dtype != torch.int64 or token_index.shape != labels.shape
+        ):
+            raise ValueError(
+                f"token_index: got {token_index.dtype} of shape {tuple(token_index.shape)}, expected "
+                f"torch.int64 of that of labels, {tuple(labels.shape)}"
+            )
+        chosen, rejected = (
+            labels.masked_fill(~mask, self.ignore_index)
+            for mask in _token_masks(labels, cu_seqlens, self.ignore_index)
+        )
+        mean_tokens = None
+        if self.group is not None:
+            mean_tokens = mean_over_ranks(
+                (rejected != self.ignore_index).sum().double(), self.group
+            )
+        noisy = score_with_noise(
+            self.noise, hidden, weight, rejected, bias, seed=seed, token_index=token_index,
+            cu_seqlens=cu_seqlens, mean_tokens=mean_tokens, **self.operation_options,
+        ).second_half()  # fmt: skip
+        logps = self._reference(hidden, weight, chosen, bias, cu_seqlens)
+        return torch.cat([logps.chunk(2)[0], noisy.clean_logps]), noisy
 
     def from_token_logps(
         self,
@@ -198,11 +324,19 @@ class PreferenceLoss(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,  # (2B + 1,)
         ref_logps: Tensor | None = None,  # (2B,)
+        noisy_reference: NoisyReference | None = None,
+        player: str = "both",
         stats: TokenStats | None = None,
     ) -> PreferenceOutput:
-        """Loss of B pairs from token log-probs in nats, laid out as in :meth:`forward`."""
+        """Loss of B pairs from token log-probs in nats, laid out as in :meth:`forward`.
+
+        ``ref_logps`` have no noise in them; ``noisy_reference`` are the B rejected answers under noise.
+        """
         _check_even(labels, cu_seqlens)
-        output = self._preference_epilogue(token_logps, labels, cu_seqlens, ref_logps)
+        check_player(player)
+        output = self._preference_epilogue(
+            token_logps, labels, cu_seqlens, ref_logps, noisy_reference, player
+        )
         if stats is not None:
             chosen, rejected = _token_masks(labels, cu_seqlens, self.ignore_index)
             output.token_means = token_means(stats, chosen, rejected)
@@ -237,10 +371,13 @@ class PreferenceLoss(nn.Module):
         labels: Tensor,
         cu_seqlens: Tensor | None,
         ref_logps: Tensor | None,
+        noisy: NoisyReference | None,
+        player: str,
     ) -> PreferenceOutput:
         """Token log-probs → sums, lengths → gaps → γ → losses: in one launch where it can, else in PyTorch."""
         sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        if self._fits_one_launch(token_logps, sequences // 2):
+        # That launch has no gradient for the reference's log-probs.
+        if noisy is None and self._fits_one_launch(token_logps, sequences // 2):
             return self._one_launch(token_logps, labels, cu_seqlens, ref_logps)
         sums, lengths = sequence_sums(
             token_logps, labels, cu_seqlens=cu_seqlens, ignore_index=self.ignore_index
@@ -262,7 +399,10 @@ class PreferenceLoss(nn.Module):
         pairs = Pairs.build(
             chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths
         )
-        return self._score(pairs, torch.promote_types(token_logps.dtype, torch.float32))
+        dtype = torch.promote_types(token_logps.dtype, torch.float32)
+        if noisy is None:
+            return self._score(pairs, dtype)
+        return self._score_noisy(pairs, dtype, noisy, player)
 
     def _fits_one_launch(self, token_logps: Tensor, pairs: int) -> bool:
         """Whether the Triton epilogue computes this loss.
@@ -326,6 +466,52 @@ class PreferenceLoss(nn.Module):
             nll_loss=None,
             num_tokens=result.lengths.sum(),
         )
+
+    def _score_noisy(
+        self, pairs: Pairs, dtype: torch.dtype, noisy: NoisyReference, player: str
+    ) -> PreferenceOutput:
+        """The loss of one player or both. ``pairs`` have no noise; their policy log-probs carry the gradient.
+
+        One evaluation of ℓ serves both players: the gradient to the noise is that of ℓ with its sign changed.
+        """
+        if player == "model":
+            noisy = noisy.detach()
+        if player == "noise":
+            pairs = replace(
+                pairs,
+                chosen_logps=pairs.chosen_logps.detach(),
+                rejected_logps=pairs.rejected_logps.detach(),
+            )
+        under_noise = replace(pairs, ref_rejected_logps=reversed_gradient(noisy.logps.double()))
+        output = self._score(under_noise, torch.float64)
+        value = output.losses.detach().mean()
+        penalty = self.noise_alpha * noisy.weight * noisy.penalty.double()
+        model_loss = output.loss.detach()
+        loss = output.loss
+        if player == "both":
+            loss = loss - value + penalty
+        elif player == "noise":
+            loss = loss - model_loss - value + penalty
+        rewards = self.spec.rewards(pairs, self.beta)
+        shift = self.spec.gaps(under_noise, self.beta) - self.spec.gaps(pairs, self.beta)
+        noise = {
+            "loss/model": model_loss.to(dtype),
+            "loss/noise": penalty.detach() - value,
+            "noise/penalty": noisy.penalty.detach(),
+            "noise/sigma_mean": noisy.penalty.detach().sqrt(),
+            "noise/margin_shift": shift.mean(),
+        }
+        changed = {
+            "loss": loss,
+            "chosen_rewards": rewards.chosen,
+            "rejected_rewards": rewards.rejected,
+        }
+        tensors = {
+            name: tensor.to(dtype)
+            for name, tensor in (vars(output) | changed).items()
+            if isinstance(tensor, Tensor) and tensor.is_floating_point()
+        }
+        return replace(output, **tensors, noise=noise)  # type: ignore[arg-type]
 
     def _score(self, pairs: Pairs, dtype: torch.dtype) -> PreferenceOutput:
         """Gaps → γ → losses, in float64, and the results in ``dtype``."""

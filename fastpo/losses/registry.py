@@ -113,6 +113,14 @@ class Loss:
             takers = ", ".join(n for n, loss in LOSSES.items() if loss.supports_dynamic_margin)
             raise ValueError(f"loss {self.name!r} takes no dynamic margin; those that do: {takers}")
 
+    def check_noise(self) -> None:
+        """Raise ValueError if this loss has no reference for DNPO to put noise into."""
+        if not self.needs_reference:
+            takers = ", ".join(n for n, loss in LOSSES.items() if loss.needs_reference)
+            raise ValueError(
+                f"loss {self.name!r} has no reference to put noise into; those that do: {takers}"
+            )
+
     def rewards(self, pairs: Pairs, beta: float) -> Score:
         """β · ``reward`` of every answer, detached."""
         chosen, rejected = getattr(pairs, self.reward)
