@@ -149,11 +149,21 @@ class NoiseGenerator(nn.Module):
             TypeError: ``mask`` is not boolean.
             ValueError: shapes or devices that do not fit.
         """
+        return self.penalty_and_peak(hidden, mask)[0]
+
+    def penalty_and_peak(self, hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """:meth:`penalty`, and from the same pass the largest root mean square of σ of a vocabulary entry.
+
+        The second, max_v (mean_t σ_tv²)^½, () in the same dtype and detached, shows noise that grows on few
+        entries, which a mean over the vocabulary hides.
+        """
         rows = self._rows(hidden, mask)
+        dtype = self._accumulator(rows)
         if rows.shape[0] == 0:
-            return self.bias[:0].sum(dtype=self._accumulator(rows))
-        mean, covariance = _moments(rows, self._accumulator(rows))
-        return _MeanSquare.apply(self.weight, self.bias, self.proj, mean, covariance)
+            return self.bias[:0].sum(dtype=dtype), torch.zeros((), dtype=dtype, device=rows.device)
+        mean, covariance = _moments(rows, dtype)
+        penalty, largest = _MeanSquare.apply(self.weight, self.bias, self.proj, mean, covariance)
+        return penalty, largest.sqrt()
 
     @torch.no_grad()
     def sigma_max(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -277,7 +287,9 @@ def _moments(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class _MeanSquare(torch.autograd.Function):
-    """mean(σ²) from the parameters, the mean h̄ (H,) and the covariance C (H, H) of the hidden states."""
+    """mean(σ²), and max_v mean_t σ_tv², from the parameters and the hidden states' mean (H,) and covariance
+    (H, H).
+    """
 
     @staticmethod
     def forward(
@@ -287,20 +299,24 @@ class _MeanSquare(torch.autograd.Function):
         proj: Tensor | None,
         mean: Tensor,
         covariance: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         with full_precision(weight.device):
             inner_mean, inner_covariance = _projected(proj, mean, covariance)
             total = torch.zeros((), dtype=torch.float64, device=weight.device)
+            largest = torch.zeros((), dtype=mean.dtype, device=weight.device)
             for span, part in _slices(weight, mean.dtype):
-                total += (part @ inner_covariance).mul_(part).sum(dtype=torch.float64)
+                squares = (part @ inner_covariance).mul_(part).sum(1)
                 offset = torch.addmv(bias[span].to(mean.dtype), part, inner_mean)
-                total += offset.square().sum(dtype=torch.float64)
-        ctx.save_for_backward(weight, bias, proj, mean, covariance)
-        return (total / weight.shape[0]).to(mean.dtype)
+                squares += offset.square_()
+                total += squares.sum(dtype=torch.float64)
+                largest = torch.maximum(largest, squares.max())
+        ctx.save_for_backward(weight, bias, proj, mean, covariance)  # type: ignore[arg-type]
+        ctx.mark_non_differentiable(largest)
+        return (total / weight.shape[0]).to(mean.dtype), largest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weight, bias, proj, mean, covariance = ctx.saved_tensors  # type: ignore[attr-defined]
         d_weight, d_bias = torch.empty_like(weight), torch.empty_like(bias)
         scale = 2 * grad / weight.shape[0]

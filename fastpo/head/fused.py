@@ -45,6 +45,8 @@ class FusedHead:
     Args:
         model: a transformers causal LM, bare or inside PEFT, DDP, FSDP2 or torch.compile. It is probed here
             (one forward on three tokens, once per model), so construct it before the parameters are sharded.
+        operation: what the head's forward calls; it takes the arguments of :func:`fastpo.linear_logprobs`, the
+            default, and returns what that returns. It sees the head's weight where FSDP has gathered it.
         op_kwargs: ``temperature``, ``ignore_index``, ``backward``, ``tol``, ``low_memory``, ``backend`` and
             ``return_stats`` of :func:`fastpo.linear_logprobs`.
 
@@ -62,13 +64,20 @@ class FusedHead:
 
     Raises:
         TypeError: no transformers model, or an unknown option.
-        ValueError: a model that is not served (encoder, encoder-decoder, multimodal, …).
+        ValueError: a model that is not served (encoder, encoder-decoder, multimodal, …), or an operation of
+            one's own for a model whose head has to make its logits by itself.
         RuntimeError: a model that cannot be probed.
     """
 
     method: Literal["fused", "chunked", "compact"]
 
-    def __init__(self, model: nn.Module, **op_kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        operation: Callable[..., Any] = linear_logprobs,
+        **op_kwargs: Any,
+    ) -> None:
         unknown = sorted(set(op_kwargs) - OPTIONS)
         if unknown:
             raise TypeError(f"op_kwargs: got {unknown}, expected some of {sorted(OPTIONS)}")
@@ -86,6 +95,13 @@ class FusedHead:
         self.targets: list[nn.Module] = [self.head]  # whose forward makes the log-probs
         layers = linear_layers(self.head)
         name = type(self.model).__name__
+        self.operation = operation
+        if operation is not linear_logprobs and (tail is None or layers is None):
+            raise ValueError(
+                f"operation: the head of {name} is a {type(self.head).__name__}"
+                + (" whose logits the model changes" if tail is None else "")
+                + ", expected a plain linear layer, with at most a factor and a tanh cap after it"
+            )
         if tail is None:
             self.method = "compact"
             warnings.warn(
@@ -245,11 +261,11 @@ class _Patch:
                 f"head hidden states of shape {tuple(hidden.shape)}"
             )
         if call.installed.method == "fused":
-            result = linear_logprobs(
+            result = call.installed.operation(
                 hidden,
-                module.weight,  # type: ignore[arg-type]
+                module.weight,
                 labels,
-                module.bias,  # type: ignore[arg-type]
+                module.bias,
                 logit_scale=tail.scale,
                 softcap=tail.softcap,
                 **options,

@@ -42,8 +42,9 @@ class PreferenceOutput:
         (sums per answer, nats). With a dynamic margin ``gamma/mean``, ``gamma/std``, ``gamma/min``,
         ``gamma/max``; with an SFT term ``nll_loss``.
         With noise ``loss/model`` (ℓ and the SFT term), ``loss/noise`` (−ℓ + α·mean σ²), ``noise/penalty`` (mean
-        σ²), ``noise/sigma_mean`` (its root, the root mean square of σ, in units of logits) and
-        ``noise/margin_shift`` (how much larger the noise made the reward margin, mean over pairs).
+        σ²), ``noise/sigma_mean`` (its root, the root mean square of σ, in units of logits),
+        ``noise/sigma_peak`` (the largest root mean square of a vocabulary entry) and ``noise/margin_shift``
+        (how much larger the noise made the reward margin, mean over pairs).
         Where token statistics were computed, means over labelled tokens: ``entropy`` (nats),
         ``logits/chosen``, ``logits/rejected`` (mean logit), and ``mean_token_accuracy`` (of the chosen
         answers). ``num_tokens`` counts the labelled tokens of this batch; TRL's is a running total of all

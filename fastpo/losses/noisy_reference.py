@@ -31,6 +31,7 @@ class NoisyReference:
     penalty: (
         Tensor  # () mean σ² over the scored tokens; differentiable in the generator's parameters
     )
+    sigma_peak: Tensor  # () largest root mean square of σ of a vocabulary entry, detached
     hidden: Tensor  # (N, H) last hidden states of the scored tokens, detached
     weight: Tensor | float = 1.0  # of the penalty in the loss, see score_with_noise
 
@@ -96,7 +97,7 @@ def score_with_noise(
         )
     )  # fmt: skip
     share = 1.0 if mean_tokens is None else count / mean_tokens
-    return NoisyReference(noisy, clean, generator.penalty(kept), kept, share)
+    return NoisyReference(noisy, clean, *generator.penalty_and_peak(kept), kept, share)
 
 
 def reversed_gradient(values: Tensor) -> Tensor:

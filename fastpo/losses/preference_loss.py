@@ -499,6 +499,7 @@ class PreferenceLoss(nn.Module):
             "loss/noise": penalty.detach() - value,
             "noise/penalty": noisy.penalty.detach(),
             "noise/sigma_mean": noisy.penalty.detach().sqrt(),
+            "noise/sigma_peak": noisy.sigma_peak,
             "noise/margin_shift": shift.mean(),
         }
         changed = {

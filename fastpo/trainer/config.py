@@ -15,7 +15,10 @@ from transformers import TrainingArguments
 
 from fastpo.losses import PreferenceLoss, find_loss
 from fastpo.margins import DynamicMargin
-from fastpo.ops.linear_logprobs import BACKWARDS, DEFAULT_TOL
+from fastpo.noise import NoiseGenerator
+from fastpo.ops.certified import BACKWARDS, DEFAULT_TOL
+
+from .noise_settings import check_noise_settings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -131,6 +134,12 @@ class PreferenceConfig(TrainingArguments):
         default=None,
         metadata={"help": "tokens of a prompt, a longer one keeps its end; unset: no limit"},
     )
+    method: str = field(
+        default="preference",
+        metadata={
+            "help": "preference, or dnpo: trainable noise in the reference's logits of the rejected answers"
+        },
+    )
     loss_type: str = field(default="dpo", metadata={"help": "a name of fastpo.losses.LOSSES"})
     beta: float = field(
         default=0.1,
@@ -163,6 +172,36 @@ class PreferenceConfig(TrainingArguments):
     gamma_sample_size: int = field(
         default=256,
         metadata={"help": "pairs in one solve: this micro-step's and draws from the queue"},
+    )
+    noise_schedule: str = field(
+        default="joint",
+        metadata={
+            "help": "of dnpo: joint (policy and noise in every optimiser step), or alternating (noise_steps "
+            "optimiser steps of the noise, then one of the policy)"
+        },
+    )
+    noise_alpha: float = field(
+        default=1.0, metadata={"help": "weight α ≥ 0 of the penalty on the noise's mean σ²"}
+    )
+    noise_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "rank of the noise generator; unset: full, vocabulary × hidden parameters"
+        },
+    )
+    noise_steps: int = field(
+        default=1, metadata={"help": "optimiser steps of the noise before each of the policy"}
+    )
+    noise_learning_rate: float = field(
+        default=1e-5,
+        metadata={"help": "of the noise generator, scheduled like learning_rate; no weight decay"},
+    )
+    noise_sigma_limit: float = field(
+        default=10.0,
+        metadata={
+            "help": "root mean square of a vocabulary entry's σ, in units of logits, at which training stops; "
+            "it warns from an eighth of it on"
+        },
     )
     label_smoothing: float = field(
         default=0.0, metadata={"help": "ε in [0, 1/2), share of labels taken to be flipped"}
@@ -312,6 +351,7 @@ class PreferenceConfig(TrainingArguments):
                 f"router_aux_loss_coef: got {self.router_aux_loss_coef}, expected a number ≥ 0"
             )
         build_loss(self)  # checks what belongs to the loss
+        check_noise_settings(self)
         idle = [
             f.name
             for f in fields(self)
@@ -334,12 +374,17 @@ class PreferenceConfig(TrainingArguments):
             )
 
 
-def build_loss(config: PreferenceConfig, group: ProcessGroup | None = None) -> PreferenceLoss:
+def build_loss(
+    config: PreferenceConfig,
+    group: ProcessGroup | None = None,
+    noise: NoiseGenerator | None = None,
+) -> PreferenceLoss:
     """The loss module that a configuration describes.
 
     Args:
         config: the run's settings.
         group: ranks over which γ and batch-coupled terms are taken; None: this process alone.
+        noise: the generator of method ``dnpo``, which only a model's sizes can make.
 
     Raises:
         TypeError, ValueError: as :class:`fastpo.PreferenceLoss` and :class:`fastpo.DynamicMargin` raise them.
@@ -369,6 +414,8 @@ def build_loss(config: PreferenceConfig, group: ProcessGroup | None = None) -> P
             label_smoothing=config.label_smoothing,
             sft_weight=config.sft_weight,
             margin=margin,
+            noise=noise,
+            noise_alpha=None if noise is None else config.noise_alpha,
             backward=config.backward,
             tol=config.tol,
             low_memory=config.low_memory,
@@ -394,16 +441,24 @@ PreferenceConfig.__doc__ = f"{PreferenceConfig.__doc__}\n{_fields_table()}"
 
 
 LOSS_FIELDS = (
+    "method",
     "loss_type",
     "beta",
     "gamma_beta_ratio",
     "simpo_gamma",
     "margin",
     *_GAMMA_FIELDS,
+    "noise_schedule",
+    "noise_alpha",
+    "noise_rank",
+    "noise_steps",
     "label_smoothing",
     "sft_weight",
     "loss_kwargs",
 )  # what a checkpoint records: a run resumed with another loss would be two runs mixed
+DEFAULT_LOSS_SETTINGS = {
+    f.name: f.default for f in fields(PreferenceConfig) if f.name in LOSS_FIELDS
+}
 
 
 def save_config(config: PreferenceConfig, path: Path) -> None:

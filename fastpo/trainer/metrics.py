@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 class MetricWindow:
     """Means of named numbers, each weighted by the pairs it stands for.
 
-    A name that ends in ``/min`` or ``/max`` keeps the smallest or largest number instead.
+    A name that ends in ``/min``, ``/max`` or ``_max`` keeps the smallest or largest number instead.
     """
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
@@ -29,7 +29,7 @@ class MetricWindow:
     def add(self, values: dict[str, float], pairs: int) -> None:
         """Numbers of one micro-step of ``pairs`` ≥ 1 pairs."""
         for name, value in values.items():
-            if name.endswith(("/min", "/max")):
+            if name.endswith(("/min", "/max", "_max")):
                 self._keep_extreme(name, value)
             else:
                 total = self._sums.setdefault(name, [0.0, 0.0])

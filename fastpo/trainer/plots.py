@@ -1,4 +1,4 @@
-"""A run's logged curves as one PNG: loss, rewards, margins, accuracies and γ."""
+"""A run's logged curves as one PNG: loss, rewards, margins, accuracies, γ and the noise of DNPO."""
 
 from __future__ import annotations
 
@@ -45,6 +45,17 @@ PANELS = (
     Panel(
         "Target margin γ", "nats", {"gamma/mean": ("mean", _BLUE)}, band=("gamma/min", "gamma/max")
     ),
+    Panel(
+        "Loss of either player",
+        "",
+        {"loss/model": ("policy", _BLUE), "loss/noise": ("noise", _ORANGE)},
+    ),
+    Panel(
+        "Noise σ",
+        "logits",
+        {"noise/sigma_mean": ("root mean square", _BLUE), "noise/sigma_max": ("max", _ORANGE)},
+    ),
+    Panel("Margin moved by the noise", "nats", {"noise/margin_shift": ("", _BLUE)}),
 )
 
 

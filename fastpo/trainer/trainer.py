@@ -21,6 +21,7 @@ from fastpo.data import DataReport, PreferenceCollator, tokenize_preferences
 from fastpo.head import FusedHead
 from fastpo.head.causal_lm import find_causal_lm
 from fastpo.losses import PreferenceOutput
+from fastpo.losses.noisy_reference import NoisyReference
 
 from . import reference
 from .checkpoint import (
@@ -31,9 +32,11 @@ from .checkpoint import (
     load_run_state,
     save_run_state,
 )
-from .config import LOSS_FIELDS, PreferenceConfig, build_loss
+from .config import DEFAULT_LOSS_SETTINGS, LOSS_FIELDS, PreferenceConfig, build_loss
 from .metrics import LogLastStep, MetricWindow
 from .model import disable_dropout, is_peft_model, router_coefficient
+from .noise import NoisePlayer, make_generator, noise_seed, token_index
+from .noisy_head import NoisyHead
 from .plots import PlotCallback
 
 if TYPE_CHECKING:
@@ -73,12 +76,18 @@ class PreferenceTrainer(Trainer):
 
     Attributes:
         data_reports: what became of the rows of each data set that was tokenised here, by name.
-        loss_module: the :class:`fastpo.PreferenceLoss`.
+        loss_module: the :class:`fastpo.PreferenceLoss`; under ``method: dnpo`` its ``noise`` is the generator.
 
     Metrics have TRL's names and are means over all pairs since the last log line, on all ranks; in evaluation
     over all pairs of the set. ``num_tokens`` is the running total of input tokens, ``gamma/min`` and
     ``gamma/max`` are the extremes of γ. Means over tokens (``entropy``, ``mean_token_accuracy``, ``logits/*``)
     are taken per micro-step and then weighted by its pairs.
+
+    Under ``method: dnpo`` the rejected answers' reference log-probs have trainable noise in training, none in
+    evaluation (see :class:`fastpo.PreferenceLoss`). ``loss`` is the objective of the players in turn, whose two
+    parts are ``loss/model`` and ``loss/noise``; rewards and what follows from them never have noise in them.
+    ``noise/sigma_max`` is the largest |σ| on the last micro-step before a log line, ``noise/grad_norm`` the
+    norm of the generator's gradient, which is clipped by itself.
 
     Raises:
         TypeError: ``args`` is no ``PreferenceConfig``, or ``model`` no model of transformers.
@@ -151,8 +160,16 @@ class PreferenceTrainer(Trainer):
             core.config.use_cache = use_cache
         self.model_accepts_loss_kwargs = False
         distributed = self.accelerator.num_processes > 1
-        self.loss_module = build_loss(args, dist.group.WORLD if distributed else None)
+        generator = None
+        if args.method == "dnpo":
+            self._check_noise(ref_model)
+            generator = make_generator(ref_model or model, args)
+        self.loss_module = build_loss(args, dist.group.WORLD if distributed else None, generator)
         self.loss_module.to(args.device)
+        self._noise: NoisePlayer | None = None
+        if generator is not None:
+            self._noise = NoisePlayer(generator, args)
+            self.add_callback(self._noise)
         self._tokens_trained = 0  # by this rank
         self._window = MetricWindow()
         self._eval_window = MetricWindow()
@@ -219,6 +236,8 @@ class PreferenceTrainer(Trainer):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self._mean_pairs = sum(len(batch["rows"]) for batch in batches) / len(batches)
+            if self._noise is not None:
+                self._noise.count_tokens(batches, self.accelerator.num_processes)
         return batches, items
 
     # ---- Reference ----
@@ -226,11 +245,19 @@ class PreferenceTrainer(Trainer):
     def _prepare_models(self, ref_model: PreTrainedModel | None) -> PreTrainedModel | None:
         """Put the fused heads in place; the frozen reference, if one is run live."""
         args, policy = self.args, self.model
-        if not self._lacks_reference():
+        if not self._lacks_reference() and self._noise is None:
             ref_model = None
-        elif ref_model is None and not is_peft_model(policy) and not args.precompute_ref_log_probs:
+        elif (
+            ref_model is None
+            and not is_peft_model(policy)
+            and (self._noise is not None or not args.precompute_ref_log_probs)
+        ):
             ref_model = copy.deepcopy(policy)
-        op_kwargs = {"backward": args.backward, "tol": args.tol, "low_memory": args.low_memory}
+        op_kwargs: dict[str, Any] = {
+            "backward": args.backward,
+            "tol": args.tol,
+            "low_memory": args.low_memory,
+        }
         FusedHead(policy, return_stats=True, **op_kwargs).install()
         if ref_model is not None:
             find_causal_lm(ref_model)
@@ -240,7 +267,27 @@ class PreferenceTrainer(Trainer):
             # Here, so that policy and reference round alike; transformers' train() would do the policy alone.
             for model in filter(None, (policy, ref_model)):
                 apply_liger_kernel(model, args.liger_kernel_config)
+        if self._noise is not None:
+            self._noisy_head = NoisyHead(
+                policy if ref_model is None else ref_model, self._noise.generator, **op_kwargs
+            )
         return ref_model
+
+    def _check_noise(self, ref_model: PreTrainedModel | None) -> None:
+        """Raise ValueError where method dnpo cannot be trained, or its reference is not known."""
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "deepspeed: got a configuration, expected None with method 'dnpo': it owns all gradients, and "
+                "the noise generator is not among its parameters"
+            )
+        given = self.train_dataset is not None and set(reference.COLUMNS) <= set(
+            self.train_dataset.column_names
+        )
+        if given and ref_model is None and not is_peft_model(self.model):
+            raise ValueError(
+                "ref_model: got None, expected the reference whose log-probs the data set holds: method 'dnpo' "
+                "scores the rejected answers anew at every step"
+            )
 
     def _lacks_reference(self) -> bool:
         """Whether the loss needs reference log-probs that not all data sets hold."""
@@ -269,7 +316,7 @@ class PreferenceTrainer(Trainer):
                 return reference.reference_logps(self.model, batch)
 
     def _precompute_reference(self) -> None:
-        """Add the reference's log-probs to all data sets, and let go of its model."""
+        """Add the reference's log-probs to all data sets, and let go of its model unless noise needs it."""
         frozen = self.ref_model
         if frozen is None and not is_peft_model(self.model):
             frozen = self.ref_model = self.model  # not trained yet
@@ -290,7 +337,8 @@ class PreferenceTrainer(Trainer):
             )
             for name, rows in self._datasets().items()
         }
-        self.ref_model = None
+        if self._noise is None:
+            self.ref_model = None
         self.train_dataset = completed.pop("train", None)
         if isinstance(self.eval_dataset, Mapping):
             self.eval_dataset = completed
@@ -303,23 +351,51 @@ class PreferenceTrainer(Trainer):
         """The loss of one micro-step, a router's auxiliary loss included."""
         labels = inputs["completion_labels"]
         ref_logps = inputs.get("ref_logps")
-        if ref_logps is None and self.loss_module.spec.needs_reference:
+        noisy, player = None, "both"
+        if self._noise is not None and model.training:
+            player = self._noise.turn(self.state.global_step)
+            ref_logps, noisy = self._noisy_reference(self._noise, inputs, player)
+        elif ref_logps is None and self.loss_module.spec.needs_reference:
             ref_logps = self._reference_logps(inputs)
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            labels=labels,
-            use_cache=False,
-            **({"output_router_logits": True} if self.router_coefficient else {}),
-        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and player != "noise"):
+            outputs = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                labels=labels,
+                use_cache=False,
+                **({"output_router_logits": True} if self.router_coefficient else {}),
+            )
         self.loss_module.train(model.training)
         result = self.loss_module.from_token_logps(
-            outputs.log_probs, labels, ref_logps=ref_logps, stats=outputs.token_stats
-        )
+            outputs.log_probs, labels, ref_logps=ref_logps, noisy_reference=noisy, player=player,
+            stats=outputs.token_stats,
+        )  # fmt: skip
         if self.router_coefficient:
             result.token_means["aux_loss"] = outputs.aux_loss.detach()
-            result.loss = result.loss + self.router_coefficient * outputs.aux_loss
+            if player != "noise":
+                result.loss = result.loss + self.router_coefficient * outputs.aux_loss
         return result
+
+    def _noisy_reference(
+        self, noise: NoisePlayer, inputs: Mapping[str, Tensor], player: str
+    ) -> tuple[Tensor, NoisyReference]:
+        """The reference's log-prob sums (2B,) without noise, and those of the rejected answers under noise."""
+        rows, width = inputs["rows"], inputs["input_ids"].shape[1]
+        options: dict[str, Any] = {
+            "seed": noise_seed(self.args.seed, self.state.global_step),
+            "token_index": token_index(rows, width, self.args.max_length),
+            # Undone by the weight of the micro-step's loss: the penalty's own is its share of the tokens.
+            "mean_tokens": noise.mean_tokens * (len(rows) / (self._mean_pairs or len(rows))),
+            "differentiable": player != "model",
+        }
+        with self.accelerator.autocast():
+            if self.ref_model is not None:
+                logps, noisy = self._noisy_head(self.ref_model, inputs, **options)
+            else:
+                with reference.base_model(self.model):
+                    logps, noisy = self._noisy_head(self.model, inputs, **options)
+        noise.hidden = noisy.hidden
+        return logps, noisy
 
     def compute_loss(
         self,
@@ -346,16 +422,26 @@ class PreferenceTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Transformers' last call before the optimiser step: read the metrics, and stop if a number is bad."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._stop_if_not_finite(grad_norm)
+        norms = {"the gradient": grad_norm}
+        if self._noise is not None:
+            norms["the noise's gradient"] = self._noise.finish_gradient(
+                self.accelerator.num_processes
+            )
+        self._stop_if_not_finite(norms)
         for step in self._micro_steps:
-            self._window.add(_metrics(step.output), len(step.rows))
+            metrics = _metrics(step.output)
+            if self._noise is not None:
+                metrics["noise/grad_norm"] = norms["the noise's gradient"]
+                if self.is_world_process_zero():
+                    self._noise.watch(metrics["noise/sigma_peak"], self.state.global_step + 1)
+            self._window.add(metrics, len(step.rows))
             self._tokens_trained += int(step.tokens)
         self._micro_steps = []
         return grad_norm
 
-    def _stop_if_not_finite(self, grad_norm: Any) -> None:
-        """Raise FloatingPointError on all ranks if a loss or the gradient of any is not finite."""
-        problem = self._problem(grad_norm)
+    def _stop_if_not_finite(self, norms: Mapping[str, Any]) -> None:
+        """Raise FloatingPointError on all ranks if a loss or gradient of any is not finite, or σ too large."""
+        problem = self._problem(norms)
         if self.accelerator.num_processes > 1:
             flag = torch.tensor([problem is not None], device=self.args.device)
             if not self.accelerator.gather(flag).any():
@@ -371,8 +457,8 @@ class PreferenceTrainer(Trainer):
             f"No weight was changed by it; {last}"
         )
 
-    def _problem(self, grad_norm: Any) -> str | None:
-        """What is not finite on this rank, in which micro-step and data rows."""
+    def _problem(self, norms: Mapping[str, Any]) -> str | None:
+        """What is not finite on this rank, in which micro-step and data rows, or how large σ is."""
         count = len(self._micro_steps)
         for k, step in enumerate(self._micro_steps, start=1):
             loss = step.output.loss.item()
@@ -381,12 +467,18 @@ class PreferenceTrainer(Trainer):
                 bad = ~(step.output.chosen_rewards + step.output.rejected_rewards).isfinite()
                 rows = _listed([step.rows[bad] if bad.any() else step.rows])
                 return f"the loss is {loss} in micro-step {k} of {count}, data rows {rows}"
+            if self._noise is not None:
+                excess = self._noise.excess(step.output.noise["noise/sigma_peak"].item())
+                if excess:
+                    return excess
         # Under float16 an overflow is found and skipped by the gradient scaler.
-        if getattr(self.accelerator, "scaler", None) is None and grad_norm is not None:
-            norm = float(grad_norm)
-            if not math.isfinite(norm):
-                rows = _listed([step.rows for step in self._micro_steps])
-                return f"the loss is finite but the gradient's norm is {norm}, data rows {rows}"
+        if getattr(self.accelerator, "scaler", None) is None:
+            for name, norm in norms.items():
+                if norm is not None and not math.isfinite(float(norm)):
+                    rows = _listed([step.rows for step in self._micro_steps])
+                    return (
+                        f"the loss is finite but {name}'s norm is {float(norm)}, data rows {rows}"
+                    )
         return None
 
     # ---- Evaluation ----
@@ -436,6 +528,9 @@ class PreferenceTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a line of training gets the metrics since the last one."""
         if "loss" in logs:
+            if self._noise is not None and self._noise.hidden is not None:
+                largest = self._noise.generator.sigma_max(self._noise.hidden)
+                self._window.add({"noise/sigma_max": largest.item()}, 1)
             logs.update(self._window.over_ranks().means())
             logs["num_tokens"] = self._total_tokens()
             self._window = MetricWindow()
@@ -454,7 +549,8 @@ class PreferenceTrainer(Trainer):
             kwargs: as for ``transformers.Trainer.train``.
 
         Raises:
-            FloatingPointError: a loss or gradient was not finite; names the step and the data rows.
+            FloatingPointError: a loss or gradient was not finite, or σ of the noise reached
+                ``noise_sigma_limit``; names the step and the data rows or the numbers.
             ValueError: ``output_dir`` already holds a run; a directory that cannot be resumed from, or was
                 trained with another loss.
         """
@@ -463,6 +559,8 @@ class PreferenceTrainer(Trainer):
         checkpoint = find_resume_point(Path(self.args.output_dir), resume_from_checkpoint)
         self._tokens_trained = 0
         self._window = MetricWindow()
+        if self._noise is not None:
+            self._noise.forget_gradient()
         if checkpoint is not None:
             self._restore(checkpoint)
         resume = None if checkpoint is None else str(checkpoint)
@@ -470,18 +568,26 @@ class PreferenceTrainer(Trainer):
 
     def _restore(self, checkpoint: Path) -> None:
         state = load_run_state(checkpoint)
-        settings = self._loss_settings()
+        if self._noise is not None:
+            self._noise.check_checkpoint(state.tensors, str(checkpoint))
+        before = {
+            **DEFAULT_LOSS_SETTINGS,
+            **state.settings,
+        }  # saved before a setting existed: its default
         changed = [
-            f"{name} {state.settings.get(name)!r} → {value!r}"
-            for name, value in settings.items()
-            if state.settings.get(name) != value
+            f"{name} {before[name]!r} → {value!r}"
+            for name, value in self._loss_settings().items()
+            if before[name] != value
         ]
         if changed:
             raise ValueError(
                 f"resume_from_checkpoint: {checkpoint} was trained with another loss ({', '.join(changed)}); "
                 "start a run of its own with model_name_or_path instead"
             )
-        self.loss_module.load_state_dict(state.tensors)
+        tensors = state.tensors
+        if self._noise is not None:
+            tensors = self._noise.restore_optimizer(tensors)
+        self.loss_module.load_state_dict(tensors)
         if self.is_world_process_zero():  # sums over all ranks; the others start from nothing
             self._tokens_trained = state.num_tokens
             self._window = MetricWindow(state.window)
@@ -503,7 +609,10 @@ class PreferenceTrainer(Trainer):
             settings=self._loss_settings(),
             num_tokens=self._total_tokens(),
             window=self._window.over_ranks().state,
-            tensors=self.loss_module.state_dict(),
+            tensors={
+                **self.loss_module.state_dict(),
+                **({} if self._noise is None else self._noise.optimizer_state()),
+            },
         )
         if self.args.should_save:
             save_run_state(Path(output_dir), state)

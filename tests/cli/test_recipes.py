@@ -40,13 +40,16 @@ MODELS = {
 def test_there_is_one_recipe_per_model_and_method() -> None:
     methods = ("dpo", "simpo", "gamma-dpo", "gamma-simpo")
     expected = {f"{model}-{method}.yaml" for model in MODELS for method in methods}
-    assert {path.name for path in RECIPES.iterdir()} == {*expected, "cpu-gamma-simpo.yaml"}
+    others = {"cpu-gamma-simpo.yaml", "cpu-dnpo.yaml", "zephyr-7b-dnpo.yaml"}
+    assert {path.name for path in RECIPES.iterdir()} == expected | others
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_parses_and_names_its_method(path: Path) -> None:
     config = load_config(path)
-    assert config.loss_type == ("simpo" if "simpo" in path.stem else "dpo")
+    method = path.stem.split("-")[-1]
+    assert config.loss_type == ("spin" if method == "dnpo" else method)
+    assert config.method == ("dnpo" if method == "dnpo" else "preference")
     assert config.margin == ("gamma" if "gamma" in path.stem else "fixed")
     assert config.output_dir == f"runs/{path.stem}"
     assert config.plot_loss
@@ -90,13 +93,29 @@ def _check_schedule(model: str, method: str) -> None:
     assert line in path.read_text(encoding="utf-8")
 
 
-def test_the_cpu_recipe_runs_on_what_the_demo_prepares(tmp_path: Path, monkeypatch) -> None:
+def test_dnpo_has_the_settings_of_spin() -> None:
+    """Chen et al., arXiv 2401.01335: λ, learning rate, optimiser, batch; DNPO names none of its own."""
+    path = RECIPES / "zephyr-7b-dnpo.yaml"
+    config = load_config(path)
+    assert config.model_name_or_path == "alignment-handbook/zephyr-7b-sft-full"
+    assert (config.beta, config.optim, config.warmup_steps) == (0.1, "rmsprop", 0.1)
+    assert config.learning_rate == pytest.approx(5e-7, rel=1e-12)
+    each, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    assert each * steps * 8 == 64
+    line = f"# Batch 64 = {each} (pairs per device) x {steps} (micro-steps) x 8 (devices)"
+    assert line in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["cpu-gamma-simpo", "cpu-dnpo"])
+def test_a_cpu_recipe_runs_on_what_the_demo_prepares(
+    name: str, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = RECIPES / "cpu-gamma-simpo.yaml"
+    recipe = RECIPES / f"{name}.yaml"
     for line in recipe.read_text(encoding="utf-8").splitlines():
         if line.startswith("#   fastpo "):  # the two commands that its head names
             argv = line.removeprefix("#   fastpo ").replace("recipes/", f"{RECIPES}/").split()
             argv += ["--scale", "0.02"] if argv[0] == "demo" else ["--max_steps", "2"]
             assert main(argv) == 0
-    assert Path("runs/cpu-gamma-simpo/model.safetensors").is_file()
-    assert Path("runs/cpu-gamma-simpo/training.png").is_file()
+    assert Path(f"runs/{name}/model.safetensors").is_file()
+    assert Path(f"runs/{name}/training.png").is_file()

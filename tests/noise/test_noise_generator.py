@@ -113,6 +113,7 @@ def test_no_token_is_no_penalty_and_no_gradient(seed: int) -> None:
     value.backward()
     assert not any(p.grad.any() for p in generator.parameters() if p.grad is not None)
     assert generator.sigma_max(torch.randn(0, WIDTH)) == 0
+    assert generator.penalty_and_peak(torch.randn(0, WIDTH))[1] == 0
 
 
 def test_penalty_gives_no_gradient_to_hidden_and_has_one_derivative(seed: int) -> None:
@@ -189,6 +190,19 @@ def test_largest_sigma(rank: int | None, slices: None, seed: int) -> None:
     got = generator.sigma_max(hidden)
     assert not got.requires_grad
     torch.testing.assert_close(got, expected.detach(), rtol=1e-13, atol=0)
+
+
+@RANKS
+def test_peak_is_the_largest_root_mean_square_of_an_entry(
+    rank: int | None, slices: None, seed: int
+) -> None:
+    generator = drawn(rank)
+    hidden = torch.randn(11, WIDTH, dtype=torch.float64)
+    penalty, peak = generator.penalty_and_peak(hidden)
+    assert torch.equal(penalty, generator.penalty(hidden))
+    assert not peak.requires_grad
+    expected = dense_sigma(generator, hidden).detach().square().mean(0).max().sqrt()
+    torch.testing.assert_close(peak, expected, rtol=1e-12, atol=0)
 
 
 @RANKS

@@ -56,6 +56,22 @@ def titles(axes: list[Axes]) -> list[str]:
     return [a.get_title(loc="left") for a in axes]
 
 
+def test_noise_has_panels_of_its_own(axes: list[Axes], tmp_path: Path) -> None:
+    entries = history()
+    for entry in entries:
+        entry |= {
+            "loss/model": 0.6,
+            "loss/noise": -0.5,
+            "noise/sigma_mean": 0.1,
+            "noise/sigma_max": 1.0,
+        }
+    plot_history(entries, tmp_path / "plot.png")
+    (sigma,) = (a for a in axes if a.get_title(loc="left") == "Noise σ")
+    assert [line.get_label() for line in sigma.get_lines()] == ["root mean square", "max"]
+    assert "Loss of either player" in titles(axes)
+    assert "Margin moved by the noise" not in titles(axes)  # was not logged
+
+
 def test_curves_are_the_logged_numbers(axes: list[Axes], tmp_path: Path) -> None:
     path = plot_history(history(), tmp_path / "new" / "plot.png")
     assert titles(axes) == [

@@ -1,0 +1,97 @@
+"""The reference's forward with DNPO's noise in the logits of the rejected answers; its logits never exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpo.head import FusedHead
+from fastpo.losses.noisy_reference import NoisyReference, score_with_noise
+from fastpo.noise import NoiseGenerator
+from fastpo.ops.linear_logprobs import linear_logprobs
+from fastpo.ops.sequence_logprobs import sequence_sums
+
+
+class NoisyHead:
+    """A reference's forward that ends in log-probs under noise, for the rejected answers, instead of logits.
+
+    The noise is added inside the head's own forward, to tiles of logits: that is where the head's weight is
+    whole, and neither logits nor hidden states of the batch leave the model but those of the scored tokens.
+
+    Args:
+        model: the reference, or the PEFT model whose base it is.
+        generator: the noise.
+        op_kwargs: as for :class:`fastpo.fused_head`.
+
+    Raises:
+        ValueError: the model's head is no plain linear layer, or its logits are changed in another way than by
+            a factor and a tanh cap.
+    """
+
+    def __init__(self, model: nn.Module, generator: NoiseGenerator, **op_kwargs: Any) -> None:
+        self.generator = generator
+        self._head = FusedHead(model, operation=self._score, **op_kwargs)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        *,
+        seed: int,
+        token_index: Tensor,  # (B, T)
+        mean_tokens: Tensor,
+        differentiable: bool,
+    ) -> tuple[Tensor, NoisyReference]:
+        """Log-prob sums (2B,) float64 without noise, and the B rejected answers under noise.
+
+        Args:
+            model: what to call, in evaluation mode.
+            batch: B pairs; where it holds ``ref_logps``, only the rejected half is run.
+            seed: of the noise.
+            token_index: which token each position of the rejected answers is.
+            mean_tokens: see :func:`fastpo.losses.noisy_reference.score_with_noise`.
+            differentiable: whether a gradient to the generator is wanted.
+        """
+        known, pairs = batch.get("ref_logps"), len(token_index)
+        first = 0 if known is None else pairs
+        self._chosen = pairs - first
+        self._options: dict[str, Any] = {
+            "seed": seed,
+            "token_index": token_index,
+            "mean_tokens": mean_tokens,
+        }
+        self._differentiable = differentiable and torch.is_grad_enabled()
+        with torch.no_grad(), self._head:
+            model(
+                input_ids=batch["input_ids"][first:],
+                attention_mask=batch["attention_mask"][first:],
+                labels=batch["completion_labels"][first:],
+                use_cache=False,
+            )
+        chosen, noisy = self._result
+        del self._result, self._options
+        if known is not None:
+            chosen = known.chunk(2)[0].double()
+        return torch.cat([chosen, noisy.clean_logps]), noisy
+
+    def _score(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, **options: Any
+    ) -> Tensor:
+        """In the place of :func:`fastpo.linear_logprobs` in the head's forward."""
+        parts = (slice(0, self._chosen), slice(self._chosen, None))  # chosen answers, rejected ones
+        tokens = linear_logprobs(hidden[parts[0]], weight, labels[parts[0]], bias, **options)
+        with torch.set_grad_enabled(self._differentiable):
+            noisy = score_with_noise(
+                self.generator,
+                hidden[parts[1]],
+                weight,
+                labels[parts[1]],
+                bias,
+                **self._options,
+                **options,
+            )
+        self._result = sequence_sums(tokens, labels[parts[0]])[0], noisy
+        return torch.zeros_like(labels, dtype=torch.float32)
