@@ -15,7 +15,6 @@ import argparse
 import copy
 import json
 import platform
-import re
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -33,6 +32,8 @@ import fastpo
 from fastpo.demo.model import build_model, build_tokenizer
 from fastpo.demo.run import METHODS, TRAINING
 from fastpo.trainer import PreferenceConfig, PreferenceTrainer
+
+from .study_page import fill, save
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/training_equivalence.json"
@@ -276,19 +277,11 @@ def study(steps: int, seeds: Sequence[int], out: Path, sizes: Sizes) -> dict[str
         for name in RUNS:
             run = train(start, sizes, name, steps, seed)
             document["runs"].append(run)
-            _save(document, out)
+            save(document, out)
             ends = ", ".join(f"{k} {v:.4f}" for k, v in run["end"].items())
             active = statistics.mean(run["curves"]["active_fraction"])
             print(f"seed {seed} {name:<14} {ends}; active fraction {active:.3f}", flush=True)
     return document
-
-
-def _save(document: dict[str, Any], path: Path) -> None:
-    """JSON with one line per setting and per run."""
-    head = [f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in document.items()]
-    runs = ",\n".join(json.dumps(run) for run in document["runs"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + ",\n".join([*head[:-1], f'"runs": [\n{runs}\n]']) + "\n}\n", "utf-8")
 
 
 def by_run(document: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -356,14 +349,7 @@ def sparsity_table(document: dict[str, Any]) -> str:
 def report(results: Path = RESULTS, page: Path = PAGE, plot: Path = PLOT) -> None:
     """Write the plot, and the tables into the page, from the results alone."""
     document = json.loads(results.read_text("utf-8"))
-    text = page.read_text("utf-8")
-    for name, table in tables(document).items():
-        block = f"<!-- {name} -->\n{table}\n<!-- end {name} -->"
-        pattern = rf"<!-- {name} -->.*?<!-- end {name} -->"
-        text, count = re.subn(pattern, block, text, flags=re.S)
-        if count != 1:
-            raise ValueError(f"{page}: expected one block {name!r}, found {count}")
-    page.write_text(text, "utf-8")
+    fill(page, tables(document))
     plot_runs(document, plot)
 
 
