@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import fastpo
 from fastpo import TokenStats, fused_head, model_logprobs
 from fastpo.head import FusedHead
 
@@ -47,6 +48,40 @@ def test_output(build_model, batch, plain_logprobs):
     leaves, structure = torch.utils._pytree.tree_flatten(out)
     rebuilt = torch.utils._pytree.tree_unflatten(leaves, structure)
     assert rebuilt.log_probs is out.log_probs  # as wrappers do that look for tensors in an output
+
+
+def test_operation_of_ones_own(build_model, batch, plain_logprobs):
+    """It gets the head's arguments, the tail's constants among them, and its result is the model's."""
+    model = build_model("gemma2")
+    seen = []
+
+    def operation(hidden, weight, labels, bias, **options):
+        seen.append(options)
+        return 2 * fastpo.linear_logprobs(hidden, weight, labels, bias, **options)
+
+    with fused_head(model):
+        expected = call(model, batch).log_probs
+        with fused_head(model, operation=operation, temperature=1.0, tol=0.0):
+            got = call(model, batch).log_probs
+        again = call(model, batch).log_probs
+    assert torch.equal(got, 2 * expected)
+    assert torch.equal(again, expected)
+    (options,) = seen
+    assert (options["softcap"], options["logit_scale"], options["tol"]) == (30.0, 1.0, 0.0)
+
+
+def test_operation_needs_a_plain_linear_head(build_model):
+    model = build_model("llama")
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    model.lm_head = Scaled(32, 101, bias=False)
+    with pytest.raises(
+        ValueError, match="operation: the head of LlamaForCausalLM is a Scaled, expected a plain"
+    ):
+        fused_head(model, operation=lambda *_, **__: None)
 
 
 def test_token_stats(build_model, batch):

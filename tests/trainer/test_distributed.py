@@ -38,12 +38,14 @@ RUNS: dict[str, dict[str, Any]] = {
         "method": "dnpo",
         "gradient_accumulation_steps": 2,
         "noise_learning_rate": 0.5,
+        "noise_sigma_limit": 1e9,
         "noise_rank": 5,
     },
     "dnpo-alternating": {
         "method": "dnpo",
         "noise_schedule": "alternating",
         "noise_learning_rate": 0.5,
+        "noise_sigma_limit": 1e9,
         "margin": "gamma",
         "gamma_tau": 0.3,
     },
@@ -150,7 +152,9 @@ def test_two_ranks_equal_one_process(
                     assert line[metric] == pytest.approx(expected[metric], rel=1e-5), (name, metric)
         for metric in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
             if name in ("dpo", "precomputed"):  # the others couple the pairs of a batch
-                assert seen[0]["eval"][metric] == pytest.approx(metrics[metric], rel=1e-5), (
+                assert seen[0]["eval"][metric] == pytest.approx(
+                    metrics[metric], rel=1e-5, abs=3e-5
+                ), (
                     name,
                     metric,
                 )

@@ -27,7 +27,9 @@ from fastpo.trainer.noise import noise_seed, token_index
 Runner = Callable[..., PreferenceTrainer]
 Settings = Callable[..., PreferenceConfig]
 
-DNPO: dict[str, Any] = {"method": "dnpo", "loss_type": "spin", "beta": 0.5, "noise_alpha": 0.2}
+DNPO: dict[str, Any] = {
+    "method": "dnpo", "loss_type": "spin", "beta": 0.5, "noise_alpha": 0.2, "noise_sigma_limit": 1e9,
+}  # fmt: skip
 # For runs that are compared: Adam would turn a difference of 1e-9 in a tiny gradient into one of the rate.
 SGD: dict[str, Any] = {**DNPO, "optim": "sgd", "learning_rate": 0.05, "noise_learning_rate": 0.5}
 
@@ -388,9 +390,8 @@ def test_growing_noise_warns_and_stops_at_the_limit(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr("fastpo.trainer.noise.logger.warning", said.append)
-    run = trainer(
-        save_strategy="steps", save_steps=1, noise_sigma_limit=4.0, **{**SGD, "max_steps": 9}
-    )
+    limited = {**SGD, "noise_sigma_limit": 4.0, "max_steps": 9}
+    run = trainer(save_strategy="steps", save_steps=1, **limited)
     seen = Snapshots()
     seen.attach(run)
     Grow().attach(run, 0.25)
@@ -409,7 +410,7 @@ def test_growing_noise_warns_and_stops_at_the_limit(
     ]
     assert_equal_state(run.model.state_dict(), seen.policy[-1])
     assert find_resume_point(tmp_path / "run", "auto") == last
-    resumed = trainer(noise_sigma_limit=100.0, **{**SGD, "max_steps": 6})
+    resumed = trainer(**{**SGD, "max_steps": 6})
     resumed.train(resume_from_checkpoint="auto")
     assert resumed.state.global_step == 6
 
