@@ -13,7 +13,7 @@ import fastpo
 from fastpo.kernels.logit_transform import LogitTransform
 from fastpo.ops.certified import DEFAULT_TOL
 
-from .device_checks import Check, Shape, kernel_backend
+from .device_checks import Check, Shape
 
 SEED = 2**63 + 99
 DRAWS = {"cuda": (1000, 1001), "cpu": (40, 41)}  # tokens and vocabulary entries
@@ -75,7 +75,6 @@ def check_noisy_logprobs(
             seed=SEED,
             token_index=tokens,
             backward=backward,
-            backend=kernel_backend(device),
             **options,
         )
         found = torch.autograd.grad(logps, list(inputs.values()), coefficient)

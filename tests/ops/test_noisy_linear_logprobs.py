@@ -11,7 +11,12 @@ from torch import Tensor
 
 import fastpo
 from fastpo.benchmarks.memory import peak_extra_bytes
-from fastpo.kernels import chunking, noisy_linear_logprobs_torch
+from fastpo.kernels import (
+    backends,
+    certified_noisy_torch,
+    chunking,
+    noisy_linear_logprobs_torch,
+)
 from fastpo.kernels.linear_logprobs_torch import linear_logprobs_reference
 from fastpo.kernels.logit_transform import LogitTransform
 
@@ -173,6 +178,19 @@ def test_memory_is_two_tiles_more_than_without_noise(seed: int) -> None:
     tile = chunking.CPU_TILE_BYTES
     assert n * vocab * 4 > 4 * tile  # or the bound says nothing
     assert peak_extra_bytes(noisy) <= peak_extra_bytes(plain) + 2 * tile
+
+
+@pytest.mark.parametrize("certified", [False, True])
+def test_where_triton_would_serve_pytorch_does(
+    certified: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "choose_backend", lambda *_: "triton")
+    inputs, _, _ = draw(dtype=torch.float32)
+    arguments = (inputs["hidden"], inputs["weight"])
+    module = backends.noisy_linear_logprobs_module(*arguments, "auto", certified)
+    assert module is (certified_noisy_torch if certified else noisy_linear_logprobs_torch)
+    with pytest.raises(ValueError, match=r"backend: got 'triton', but .* has no Triton kernels"):
+        backends.noisy_linear_logprobs_module(*arguments, "triton", certified)
 
 
 @pytest.mark.parametrize(
