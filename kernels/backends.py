@@ -62,8 +62,8 @@ def noisy_linear_logprobs_module(
 
 
 def _module(family: str, hidden: Tensor, weight: Tensor, backend: str) -> ModuleType:
-    """``"auto"`` takes PyTorch where there are no Triton kernels or they do not support the device, ``"triton"``
-    is an error there.
+    """``"auto"`` takes PyTorch where there are no Triton kernels, or none for the device; ``"triton"`` is an
+    error there.
     """
     name = choose_backend(backend, hidden.device, hidden.dtype)
     if name == "triton" and family not in TRITON_FAMILIES:
