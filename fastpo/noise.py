@@ -216,7 +216,15 @@ class NoiseGenerator(nn.Module):
             held = ", ".join(sorted(tensors)[:4]) or "nothing"
             raise ValueError(f"{source}: is no noise generator: it holds {held}")
         proj = tensors.get("proj")
+        for name, tensor in tensors.items():
+            if tensor.dim() != (1 if name == "bias" else 2):
+                raise ValueError(
+                    f"{source}: is no noise generator: {name} has shape {tuple(tensor.shape)}"
+                )
         vocab, width = tensors["weight"].shape
+        if tensors["bias"].shape != (vocab,) or (proj is not None and proj.shape[0] != width):
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+            raise ValueError(f"{source}: is no noise generator: its shapes do not fit, {shapes}")
         saved = {
             "rank": None if proj is None else width,
             "hidden_size": width if proj is None else proj.shape[1],

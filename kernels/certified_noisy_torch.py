@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import certified_torch
 from .certified_groups_torch import Group, Piece, column_pieces, keep_needed, make_groups
-from .chunking import plan_certified_backward, plan_tile, spans
+from .chunking import plan_certified_backward, plan_noisy_tile, spans
 from .linear_logprobs_torch import logit_tile, vocabulary_slice
 from .logit_transform import IDENTITY, LogitTransform
 from .noise import Needed, Noise, NoisyForward, NoisyGradients
@@ -61,7 +61,7 @@ def forward(
         projected = project(hidden, rows, noise)
 
     def add_noise(z: Tensor, h: Tensor, places: slice) -> None:
-        cols = plan_tile(len(z), vocab, width, h.device, dtype).cols
+        cols = plan_noisy_tile(len(z), vocab, width, h.device, dtype).cols
         tiles = Tiles(2, len(z) * min(cols, vocab), dtype, h.device)
         x = h if projected is None else projected[places]
         for v in spans(vocab, cols):

@@ -46,10 +46,7 @@ from .precision import accumulation_dtype, full_precision
 STEPS = 4
 START = 0.2  # of the way from the threshold that is always allowed to the largest probability
 AIM = 0.97  # of tol: aiming a little lower makes more looks end on the allowed side
-STEEPNESS = (
-    0.2,
-    20.0,
-)  # bounds on the slope of log tail mass over log threshold
+STEEPNESS = (0.2, 20.0)  # bounds on the slope of log tail mass over log threshold
 
 
 def forward(

@@ -55,6 +55,14 @@ def plan_tile(n: int, vocab: int, width: int, device: torch.device, dtype: torch
     return Tile(rows, cols)
 
 
+def plan_noisy_tile(
+    n: int, vocab: int, width: int, device: torch.device, dtype: torch.dtype
+) -> Tile:
+    """The same where σ and its draw are held beside the logits: three tiles, of half the columns."""
+    tile = plan_tile(n, vocab, width, device, dtype)
+    return tile._replace(cols=max(1, tile.cols // 2))
+
+
 class CertifiedForwardPlan(NamedTuple):
     """How the certified forward walks its rows."""
 

@@ -25,9 +25,8 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 LANES = 4  # normals of one counter
-COUNTERS = (
-    2**16
-)  # drawn at a time: 512 KiB a word, few enough for a cache, enough for every thread of a CPU
+# Counters drawn at a time, 512 KiB a word: few enough for a cache, enough for PyTorch to use all threads.
+COUNTERS = 2**16
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 

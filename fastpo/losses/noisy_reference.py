@@ -24,13 +24,10 @@ class NoisyReference:
     For :class:`fastpo.PreferenceLoss` these are the rejected answers of B pairs, S = B.
     """
 
-    logps: (
-        Tensor  # (S,) float64, sums under noise, nats; differentiable in the generator's parameters
-    )
+    # Sums under noise and the penalty are differentiable in the generator's parameters.
+    logps: Tensor  # (S,) float64, nats
     clean_logps: Tensor  # (S,) float64, without noise, detached
-    penalty: (
-        Tensor  # () mean σ² over the scored tokens; differentiable in the generator's parameters
-    )
+    penalty: Tensor  # () mean σ² over the scored tokens
     sigma_peak: Tensor  # () largest root mean square of σ of a vocabulary entry, detached
     hidden: Tensor  # (N, H) last hidden states of the scored tokens, detached
     weight: Tensor | float = 1.0  # of the penalty in the loss, see score_with_noise
@@ -96,7 +93,9 @@ def score_with_noise(
             **{name: value for name, value in options.items() if name in _SHARED_OPTIONS},
         )
     )  # fmt: skip
-    share = 1.0 if mean_tokens is None else count / mean_tokens
+    share: Tensor | float = 1.0
+    if mean_tokens is not None:  # where there are no tokens at all, the mean is 0 too
+        share = count / mean_tokens if count else 0.0
     return NoisyReference(noisy, clean, *generator.penalty_and_peak(kept), kept, share)
 
 

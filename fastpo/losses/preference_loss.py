@@ -134,6 +134,10 @@ class PreferenceLoss(nn.Module):
         if not 0 <= self.noise_alpha < math.inf:
             raise ValueError(f"noise_alpha: got {noise_alpha}, expected a finite number ≥ 0")
         if noise is not None:
+            if not isinstance(noise, NoiseGenerator):
+                raise TypeError(
+                    f"noise: got {type(noise).__name__}, expected a NoiseGenerator or None"
+                )
             self.spec.check_noise()
         elif noise_alpha is not None:
             _warn(f"noise_alpha={noise_alpha} has no effect without a noise generator")
@@ -202,6 +206,7 @@ class PreferenceLoss(nn.Module):
         noisy = None
         if self.noise is None and (noise_seed is not None or token_index is not None):
             raise ValueError("noise_seed, token_index: got one without a noise generator")
+        self._check_turn(player)
         if ref_hidden is not None:
             if ref_logps is not None:
                 raise ValueError("ref_logps, ref_hidden: got both, expected one of them")
@@ -224,7 +229,7 @@ class PreferenceLoss(nn.Module):
                         ref_hidden, ref_weight, labels, ref_bias, cu_seqlens
                     )
             except (TypeError, ValueError) as error:
-                if str(error).startswith("noise_seed:"):
+                if str(error).startswith(("noise_", "token_index:")):
                     raise
                 raise type(error)(f"ref_hidden, ref_weight or ref_bias: {error}") from error
         elif self.noise is not None and self.training:
@@ -258,6 +263,13 @@ class PreferenceLoss(nn.Module):
             player=player,
             stats=stats,
         )
+
+    def _check_turn(self, player: str) -> None:
+        if player != "both" and not (self.noise is not None and self.training):
+            raise ValueError(
+                f"player: got {player!r}, expected 'both' where there is no noise: without a generator, and in "
+                "evaluation mode"
+            )
 
     @torch.no_grad()
     def _reference(
@@ -334,6 +346,11 @@ class PreferenceLoss(nn.Module):
         """
         _check_even(labels, cu_seqlens)
         check_player(player)
+        self._check_turn(player)
+        if self.noise is not None and self.training and noisy_reference is None:
+            raise ValueError(
+                "noisy_reference: got None, expected the rejected answers under noise in training with noise"
+            )
         output = self._preference_epilogue(
             token_logps, labels, cu_seqlens, ref_logps, noisy_reference, player
         )
@@ -354,7 +371,14 @@ class PreferenceLoss(nn.Module):
         """Loss of B pairs from log-probs in nats, summed over each answer's ``lengths`` labelled tokens.
 
         Lengths may be left out for losses that do not use them, without an SFT term.
+
+        Raises:
+            ValueError: shapes that do not fit, or noise in training mode, which needs tokens.
         """
+        if self.noise is not None and self.training:
+            raise ValueError(
+                "noise: got a generator, expected None or evaluation mode: noise needs tokens"
+            )
         pairs = Pairs.build(
             chosen_logps,
             rejected_logps,

@@ -164,6 +164,12 @@ def noisy_linear_logprobs(
     _check_noise(hidden, weight, noise_weight, noise_bias, noise_proj)
     if token_index is None:
         token_index = torch.arange(labels.numel(), device=labels.device)
+    elif not isinstance(token_index, Tensor):
+        raise TypeError(f"token_index: got {type(token_index).__name__}, expected a tensor or None")
+    elif token_index.device != labels.device:
+        raise ValueError(
+            f"token_index: got device {token_index.device}, expected that of labels, {labels.device}"
+        )
     elif token_index.dtype != torch.int64 or token_index.shape != labels.shape:
         raise ValueError(
             f"token_index: got {token_index.dtype} of shape {tuple(token_index.shape)}, expected "
@@ -200,6 +206,9 @@ def _check_noise(
     noise_bias: Tensor | None,
     noise_proj: Tensor | None,
 ) -> None:
+    for name, tensor in (("noise_bias", noise_bias), ("noise_proj", noise_proj)):
+        if not (tensor is None or isinstance(tensor, Tensor)):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor or None")
     vocab, width = weight.shape
     rank = width
     if noise_proj is not None:

@@ -25,7 +25,8 @@ def philox_normal(seed: int, token_index: Tensor, vocab_index: Tensor) -> Tensor
 
     Raises:
         TypeError: an index that is no integer tensor, a seed that is no integer.
-        ValueError: a seed out of range, or indices on different devices or of shapes that do not broadcast.
+        ValueError: a seed out of range, a negative ``vocab_index``, or indices on different devices or of
+            shapes that do not broadcast.
     """
     check_seed(seed)
     for name, index in (("token_index", token_index), ("vocab_index", vocab_index)):
@@ -45,6 +46,8 @@ def philox_normal(seed: int, token_index: Tensor, vocab_index: Tensor) -> Tensor
             f"vocab_index: got shape {tuple(vocab_index.shape)}, which does not broadcast against "
             f"token_index {tuple(token_index.shape)}"
         ) from None
+    if vocab_index.numel() and int(vocab_index.min()) < 0:
+        raise ValueError(f"vocab_index: got {int(vocab_index.min())}, expected integers ≥ 0")
     return philox_torch.normals(seed, token_index.long(), vocab_index.long())
 
 

@@ -147,8 +147,9 @@ class NoisePlayer(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The generator's step, its learning rate scaled as the scheduler has scaled the policy's."""
-        rate: float = kwargs["optimizer"].param_groups[0]["lr"]
-        share = rate / args.learning_rate if args.learning_rate else 1.0
+        policy = kwargs["optimizer"].param_groups[0]
+        base = policy.get("initial_lr", args.learning_rate)  # a scheduler notes where it began
+        share = policy["lr"] / base if base else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.noise_learning_rate * share
         self.optimizer.step()

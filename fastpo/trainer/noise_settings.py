@@ -45,16 +45,18 @@ def check_noise_settings(config: PreferenceConfig) -> None:
                 f"{', '.join(given)}: no effect with method {config.method!r}, expected method 'dnpo'"
             )
         return
-    if not 0 <= config.noise_alpha < math.inf:
-        raise ValueError(f"noise_alpha: got {config.noise_alpha}, expected a finite number ≥ 0")
-    for name in ("noise_learning_rate", "noise_sigma_limit"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name}: got {getattr(config, name)}, expected a number > 0")
+    if not (_is_number(config.noise_alpha) and 0 <= config.noise_alpha < math.inf):
+        raise ValueError(f"noise_alpha: got {config.noise_alpha!r}, expected a finite number ≥ 0")
+    rate, limit = config.noise_learning_rate, config.noise_sigma_limit
+    if not (_is_number(rate) and 0 < rate < math.inf):
+        raise ValueError(f"noise_learning_rate: got {rate!r}, expected a finite number > 0")
+    if not (_is_number(limit) and limit > 0):
+        raise ValueError(f"noise_sigma_limit: got {limit!r}, expected a number > 0")
     for name in ("noise_rank", "noise_steps"):
         value = getattr(config, name)
-        if not (isinstance(value, int) and value >= 1) and not (
-            name == "noise_rank" and value is None
-        ):
+        if name == "noise_rank" and value is None:
+            continue
+        if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
             raise ValueError(f"{name}: got {value!r}, expected an integer ≥ 1")
     try:
         find_loss(config.loss_type).check_noise()
@@ -67,6 +69,10 @@ def check_noise_settings(config: PreferenceConfig) -> None:
         )
     if config.noise_schedule == "joint" and "noise_steps" in given:
         _warn("noise_steps: no effect with noise_schedule 'joint', expected 'alternating'")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _warn(message: str) -> None:

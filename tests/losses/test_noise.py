@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 
 import fastpo
 from fastpo.losses import LOSSES, PreferenceLoss
+from fastpo.losses.noisy_reference import score_with_noise
 
 PAIRS, TOKENS, HIDDEN, VOCAB = 4, 7, 6, 11
 SMOOTHING = {"exo_pair": 1e-2, "robust": 0.1}
@@ -212,6 +213,17 @@ def test_spin_is_the_logistic_loss_of_the_noisy_margin(seed: int) -> None:
     assert metrics["rewards/margins"] == pytest.approx(float(clean.mean()), abs=1e-9)
 
 
+def test_no_rejected_token_in_any_rank_is_no_penalty(seed: int) -> None:
+    batch = Batch()
+    batch.labels[:] = -100
+    noisy = score_with_noise(
+        batch.generator, batch.reference["ref_hidden"], batch.reference["ref_weight"], batch.labels,
+        seed=5, mean_tokens=torch.zeros((), dtype=torch.float64),
+    )  # fmt: skip
+    assert noisy.weight == 0.0
+    assert noisy.penalty.item() == 0.0
+
+
 def test_evaluation_is_clean(seed: int) -> None:
     batch = Batch()
     loss_fn = make(batch).eval()
@@ -294,8 +306,6 @@ def test_bad_arguments_are_refused(seed: int) -> None:
         ValueError, match="noise_seed, token_index: got one without a noise generator"
     ):
         batch.run(PreferenceLoss("spin"))
-    with pytest.raises(ValueError, match=r"token_index: got torch\.int64 of shape \(3,\)"):
-        batch.run(loss_fn, token_index=torch.arange(3))
     with pytest.raises(
         ValueError, match="player: got 'policy', expected one of both, model, noise"
     ):
@@ -305,6 +315,23 @@ def test_bad_arguments_are_refused(seed: int) -> None:
             batch.hidden, batch.weight, batch.labels,
             ref_logps=torch.zeros(2 * PAIRS).double(), noise_seed=5,
         )  # fmt: skip
+    with pytest.raises(ValueError, match=r"^token_index: got torch\.int64 of shape \(3,\)"):
+        batch.run(loss_fn, token_index=torch.arange(3))
+    with pytest.raises(TypeError, match="noise: got Linear, expected a NoiseGenerator"):
+        PreferenceLoss("spin", noise=torch.nn.Linear(HIDDEN, VOCAB))
+    with pytest.raises(
+        ValueError, match="player: got 'noise', expected 'both' where there is no n"
+    ):
+        batch.run(make(batch).eval(), player="noise")
+    tokens = torch.zeros_like(batch.labels, dtype=torch.float32)
+    with pytest.raises(
+        ValueError, match="noisy_reference: got None, expected the rejected answers"
+    ):
+        loss_fn.from_token_logps(tokens, batch.labels, ref_logps=torch.zeros(2 * PAIRS).double())
+    with pytest.raises(
+        ValueError, match="noise: got a generator, expected None or evaluation mode"
+    ):
+        loss_fn.from_sequence_logps(*torch.zeros(4, PAIRS))
     narrow = PreferenceLoss("spin", noise=fastpo.NoiseGenerator(HIDDEN - 1, VOCAB))
     with pytest.raises(
         ValueError, match=rf"expected \(\.\.\., {HIDDEN - 1}\), the width of the noise gen"

@@ -269,6 +269,14 @@ def unfit_files(directory: Path) -> Iterator[tuple[Path, str]]:
     yield path, "is not a safetensors file"
     save_file({"lm_head.weight": torch.zeros(2)}, path)
     yield path, "is no noise generator: it holds lm_head.weight"
+    for changed, message in (
+        ({"weight": torch.zeros(5)}, r"is no noise generator: weight has shape \(5,\)"),
+        ({"bias": torch.zeros(VOCAB + 1)}, "is no noise generator: its shapes do not fit, "),
+        ({"proj": torch.zeros(2, WIDTH)}, "is no noise generator: its shapes do not fit, "),
+    ):
+        whole = {"weight": torch.zeros(VOCAB, WIDTH), "bias": torch.zeros(VOCAB)}
+        save_file(whole | changed, path)
+        yield path, message
     for sizes, message in (
         (((WIDTH + 1), VOCAB, None), f"hidden_size: got {WIDTH}, expected {WIDTH + 1}, that of the"),
         ((WIDTH, VOCAB + 1, None), f"vocab_size: got {VOCAB}, expected {VOCAB + 1}, that of the"),

@@ -31,7 +31,7 @@ def low_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda *_: chunking.CertifiedPlan(2 * HEIGHT, 7, 32),
     )
     monkeypatch.setattr(
-        certified_noisy_torch, "plan_tile", lambda *_: chunking.Tile(rows=5, cols=11)
+        certified_noisy_torch, "plan_noisy_tile", lambda *_: chunking.Tile(rows=5, cols=11)
     )
 
 

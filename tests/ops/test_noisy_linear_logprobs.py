@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from noisy_problems import CAPPED, NAMES, PLAIN, SEED, draw, oracle, relative, run
+from noisy_problems import CAPPED, NAMES, PLAIN, SEED, draw, noisy_logits, oracle, relative, run
 from torch import Tensor
 
 import fastpo
@@ -25,7 +25,9 @@ from fastpo.kernels.logit_transform import LogitTransform
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "small tiles":
         monkeypatch.setattr(
-            noisy_linear_logprobs_torch, "plan_tile", lambda *_: chunking.Tile(rows=5, cols=11)
+            noisy_linear_logprobs_torch,
+            "plan_noisy_tile",
+            lambda *_: chunking.Tile(rows=5, cols=11),
         )
 
 
@@ -35,7 +37,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     ("dtype", "logps_error", "gradient_error"),
     [
         (torch.float64, 1e-12, 1e-12),
-        (torch.float32, 4e-6, 5e-6),
+        (torch.float32, 2e-6, 2e-5),
         (torch.bfloat16, 1e-4, 4e-3),
         (torch.float16, 1e-4, 4e-3),
     ],
@@ -54,6 +56,9 @@ def test_matches_dense_float64(
     tokens = torch.randint(2**40, labels.shape)
     logps, clean = run(inputs, labels, token_index=tokens, return_clean=True, **transform._asdict())
     truth = oracle(inputs, labels, transform, tokens)
+    if dtype == torch.float32:  # whose rounding grows with the logits
+        peak = float(noisy_logits(inputs, transform, tokens).detach().abs().max())
+        logps_error *= max(1.0, peak)
     assert (logps - truth).abs().max() <= logps_error
     assert (logps <= 0).all()
     plain = linear_logprobs_reference(
@@ -160,19 +165,23 @@ def test_registered_operator(tol: float, seed: int) -> None:
         first.sum().backward()
 
 
-def test_memory_is_two_tiles_more_than_without_noise(seed: int) -> None:
-    n, width, vocab = 1500, 48, 6000
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+@pytest.mark.parametrize("n", [1500, 4000])
+def test_memory_is_two_tiles_more_than_without_noise(backward: str, n: int, seed: int) -> None:
+    width, vocab = 48, 6000
     inputs, labels, _ = draw(n, width, vocab, dtype=torch.float32)
     frozen = {name: t.detach() for name, t in inputs.items()}
     trained = [frozen[name].requires_grad_() for name in ("noise_weight", "noise_bias")]
 
     def noisy() -> list[Tensor]:
-        return list(torch.autograd.grad(run(frozen, labels).sum(), trained))
+        return list(torch.autograd.grad(run(frozen, labels, backward=backward).sum(), trained))
 
     weight = frozen["weight"].clone().requires_grad_()
 
     def plain() -> list[Tensor]:
-        logps = fastpo.linear_logprobs(frozen["hidden"], weight, labels, frozen["bias"])
+        logps = fastpo.linear_logprobs(
+            frozen["hidden"], weight, labels, frozen["bias"], backward=backward
+        )
         return list(torch.autograd.grad(logps.sum(), weight))
 
     tile = chunking.CPU_TILE_BYTES
@@ -204,6 +213,10 @@ def test_where_triton_would_serve_pytorch_does(
         ({"noise_bias": torch.zeros(37).half()}, TypeError, r"noise_bias: got dtype torch.float16"),
         ({"token_index": torch.zeros(13)}, ValueError, r"token_index: got torch.float32 of shape \(13,\)"),
         ({"token_index": torch.arange(12)}, ValueError, r"token_index: got torch.int64 of shape \(12,\)"),
+        ({"token_index": [1] * 13}, TypeError, r"token_index: got list, expected a tensor or None"),
+        ({"token_index": torch.arange(13, device="meta")}, ValueError, r"token_index: got device meta"),
+        ({"noise_bias": [0.0] * 37}, TypeError, r"noise_bias: got list, expected a tensor or None"),
+        ({"noise_proj": [[0.0]]}, TypeError, r"noise_proj: got list, expected a tensor or None"),
         ({"seed": -1}, ValueError, r"seed: got -1"),
         ({"noise_weight": None}, TypeError, r"noise_weight: got NoneType, expected a tensor"),
         ({"labels": torch.full((13,), 37)}, ValueError, r"labels: 13 of 13 outside \[0, 37\)"),

@@ -39,10 +39,21 @@ def test_normals_follow_the_documented_transform(seed: int) -> None:
     counter = tuple(torch.tensor([word]) for word in (column // 4, 0, 5, 1))
     words = [int(word) for word in philox_torch.philox(counter, seed)]  # type: ignore[arg-type]
     u, v = ((word + 0.5) / 2**32 for word in words[2:])
-    expected = math.sqrt(-2 * math.log(u)) * math.sin(2 * math.pi * v)
+    radius = math.sqrt(-2 * math.log(u))
+    expected = radius * math.sin(2 * math.pi * v)
     got = fastpo.philox_normal(seed, torch.tensor(token), torch.tensor(column))
     assert got.dtype == torch.float32
-    assert got.item() == pytest.approx(expected, abs=2e-6)
+    # Roundings of the angle, which the radius multiplies, and of u, which a small one divides.
+    assert got.item() == pytest.approx(expected, abs=1e-6 * max(1, radius) + 1e-7 / radius)
+
+
+def test_extreme_words_are_finite() -> None:
+    words = torch.tensor([0, philox_torch.WORD])
+    assert philox_torch.uniform(words).tolist() == [2.0**-33, 1.0]
+    first, second = philox_torch.normal_pair(words, torch.zeros_like(words))
+    assert 6.76 < first[0].item() <= 6.77
+    assert first[1].item() == 0.0
+    assert second.isfinite().all()
 
 
 def test_tile_and_broadcast_and_points_agree_bit_for_bit(seed: int) -> None:
@@ -102,6 +113,7 @@ def test_neighbours_are_not_correlated(many: Tensor) -> None:
         ((2**64, [0], [0]), ValueError, r"seed: got 18446744073709551616"),
         ((1, [0.5], [0]), TypeError, r"token_index: got dtype torch.float32"),
         ((1, [0], [True]), TypeError, r"vocab_index: got dtype torch.bool"),
+        ((1, [0], [5, -3]), ValueError, r"vocab_index: got -3, expected integers ≥ 0"),
         ((1, [0, 1], [0, 1, 2]), ValueError, r"vocab_index: got shape \(3,\), which does not"),
     ],
 )  # fmt: skip

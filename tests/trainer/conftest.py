@@ -128,6 +128,7 @@ def trainer(
         eval_dataset: Any = None,
         ref_model: Any = None,
         callbacks: Any = None,
+        optimizers: tuple[Any, Any] = (None, None),
         **overrides: Any,
     ) -> PreferenceTrainer:
         if model is None:
@@ -141,6 +142,7 @@ def trainer(
             processing_class=tokenizer,
             ref_model=ref_model,
             callbacks=callbacks,
+            optimizers=optimizers,
         )
 
     return make

@@ -23,6 +23,7 @@ from fastpo.trainer import PreferenceConfig, PreferenceTrainer, reference
 from fastpo.trainer.checkpoint import TENSOR_FILE, find_resume_point, load_run_state
 from fastpo.trainer.model import add_adapter
 from fastpo.trainer.noise import noise_seed, token_index
+from fastpo.trainer.noisy_head import NoisyHead
 
 Runner = Callable[..., PreferenceTrainer]
 Settings = Callable[..., PreferenceConfig]
@@ -206,6 +207,22 @@ def moved(states: list[dict[str, Tensor]]) -> list[bool]:
     ]
 
 
+@pytest.mark.parametrize("run_seed", [7, 8])
+def test_noise_of_a_step_is_seeded_by_run_and_step(
+    run_seed: int, trainer: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+    real = NoisyHead.__call__
+
+    def recorded(self: NoisyHead, *args: Any, **options: Any) -> Any:
+        seeds.append(options["seed"])
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(NoisyHead, "__call__", recorded)
+    trainer(seed=run_seed, max_steps=3, gradient_accumulation_steps=2, **SGD).train()
+    assert seeds == [noise_seed(run_seed, step) for step in (0, 0, 1, 1, 2, 2)]
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "rmsprop"])
 def test_alternating_players_stand_still_while_the_other_plays(optim: str, trainer: Runner) -> None:
     seen = Snapshots()
@@ -265,7 +282,7 @@ def test_evaluation_has_no_noise(trainer: Runner, pairs: datasets.Dataset) -> No
     assert not [name for name in metrics if "noise" in name]
 
 
-# ---- References ----
+# ---- The generator's optimiser ----
 
 
 def test_learning_rate_of_the_noise_follows_the_schedule(trainer: Runner) -> None:
@@ -294,6 +311,19 @@ def test_generator_has_no_weight_decay_and_the_optimiser_that_optim_names(traine
         assert type(run._noise.optimizer) is kind
         (group,) = run._noise.optimizer.param_groups
         assert (group["lr"], group["weight_decay"]) == (0.5, 0.0)
+
+
+def test_learning_rate_of_the_noise_beside_an_optimiser_of_ones_own(
+    trainer: Runner, model: Any
+) -> None:
+    policy = torch.optim.SGD(model.parameters(), lr=0.05)
+    halved = torch.optim.lr_scheduler.LambdaLR(policy, lambda step: 0.5)
+    run = trainer(model, optimizers=(policy, halved), max_steps=1, **{**SGD, "learning_rate": 5e-5})
+    run.train()
+    assert run._noise.optimizer.param_groups[0]["lr"] == pytest.approx(0.25)
+
+
+# ---- References ----
 
 
 @pytest.fixture
@@ -541,7 +571,11 @@ def test_checkpoint_without_the_generator_is_refused(trainer: Runner, tmp_path: 
         ({"noise_alpha": math.inf}, "noise_alpha: got inf"),
         ({"noise_rank": 0}, "noise_rank: got 0, expected an integer ≥ 1"),
         ({"noise_steps": 0, "noise_schedule": "alternating"}, "noise_steps: got 0, expected an integer ≥ 1"),
-        ({"noise_learning_rate": 0.0}, "noise_learning_rate: got 0.0, expected a number > 0"),
+        ({"noise_alpha": "0.1"}, "noise_alpha: got '0.1', expected a finite number ≥ 0"),
+        ({"noise_rank": True}, "noise_rank: got True, expected an integer ≥ 1"),
+        ({"noise_learning_rate": 0.0}, "noise_learning_rate: got 0.0, expected a finite number > 0"),
+        ({"noise_learning_rate": "1e-4"}, "noise_learning_rate: got '1e-4', expected a finite number"),
+        ({"noise_learning_rate": math.inf}, "noise_learning_rate: got inf, expected a finite number"),
         ({"noise_sigma_limit": -1.0}, "noise_sigma_limit: got -1.0, expected a number > 0"),
         ({"loss_type": "simpo"}, "loss_type, method: loss 'simpo' has no reference to put noise into"),
     ],
