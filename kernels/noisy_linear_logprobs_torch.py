@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .chunking import plan_noisy_tile, spans
+from .chunking import plan_tile, spans
 from .linear_logprobs_torch import (
     LEAST_EXPONENT,
     labels_in_tile,
@@ -76,7 +76,7 @@ def forward(
     """Log-probs under the noise; slices of the vocabulary outside, blocks of rows inside."""
     dtype = accumulation_dtype(hidden.dtype)
     n, (vocab, width) = labels.numel(), weight.shape
-    tile = plan_noisy_tile(n, vocab, width, hidden.device, dtype)
+    tile = plan_tile(n, vocab, width, hidden.device, dtype)
     noisy = RunningSums(n, hidden, dtype)
     clean = RunningSums(n, hidden, dtype) if want_clean else None
     tiles = Tiles(3, tile.rows * tile.cols, dtype, hidden.device)
@@ -113,7 +113,7 @@ def backward(
     """Exact gradients; a product not needed is not made."""
     dtype = accumulation_dtype(hidden.dtype)
     n, (vocab, width) = labels.numel(), weight.shape
-    tile = plan_noisy_tile(n, vocab, width, hidden.device, dtype)
+    tile = plan_tile(n, vocab, width, hidden.device, dtype)
     grad = grad.to(dtype)
     tiles = Tiles(3, tile.rows * tile.cols, dtype, hidden.device)
     gradients = GradientSums(hidden, weight, bias, rows, noise, needed)
