@@ -58,7 +58,7 @@ def plan_tile(n: int, vocab: int, width: int, device: torch.device, dtype: torch
 def plan_noisy_tile(
     n: int, vocab: int, width: int, device: torch.device, dtype: torch.dtype
 ) -> Tile:
-    """For σ and its draw, where a chunk of logits over the whole vocabulary is held beside them: half as wide."""
+    """For σ and its draw beside a chunk of logits over the whole vocabulary: half as wide."""
     tile = plan_tile(n, vocab, width, device, dtype)
     return tile._replace(cols=max(1, tile.cols // 2))
 
