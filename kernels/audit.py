@@ -40,6 +40,8 @@ MODULES = (
     "linear_logprobs_audit",
     "certified_forward_audit",
     "certified_backward_audit",
+    "certified_noisy_audit",
+    "noisy_linear_logprobs_audit",
     "preference_epilogue_audit",
 )
 OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of Triton's, those that launchers set
@@ -198,13 +200,18 @@ def _target(chip: str) -> GPUTarget:
     return GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
 
 
-def inspect(launch: Launch, cases: Iterable[str] = ()) -> Report:
-    """Compile (Triton's cache is used) and read the binary."""
+def build(launch: Launch) -> Any:
+    """The compiled kernel, as Triton has it; its cache is used."""
     attributes = {tuple(path): value for path, value in json.loads(launch.attributes)}
     source = triton.compiler.ASTSource(
         launch.function, dict(launch.signature), dict(launch.constants), attributes
     )
-    kernel = triton.compile(source, target=_target(launch.chip), options=dict(launch.options))
+    return triton.compile(source, target=_target(launch.chip), options=dict(launch.options))
+
+
+def inspect(launch: Launch, cases: Iterable[str] = ()) -> Report:
+    """Compile and read the binary."""
+    kernel = build(launch)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(kernel.asm["cubin"])

@@ -228,8 +228,8 @@ def _column_sums_kernel(
     tl.store(d_bias + cols, old + tl.sum(total, axis=0) * tl.load(unscale), mask=cols >= 0)
 
 
-class _Call(NamedTuple):
-    """What every launch of a backward has in common."""
+class Call(NamedTuple):
+    """What every launch of a backward has in common: operands, their tiles and configurations."""
 
     hidden: Tensor
     weight: Tensor
@@ -242,7 +242,7 @@ class _Call(NamedTuple):
     product_config: TileConfig
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What the workspace holds at a time: pieces of these units and tiles."""
 
     units: slice
@@ -285,7 +285,7 @@ def launch_backward(
             tile=max(logits.cols, products.rows, products.depth),
         )  # fmt: skip
         scales = power_of_two_scale(grad, transform.linear_factor)
-        call = _Call(hidden, weight, contiguous(bias), transform, *scales, arranged, *configs)
+        call = Call(hidden, weight, contiguous(bias), transform, *scales, arranged, *configs)
         space = budget - budget // LISTS_SHARE
         if need_hidden and (need_weight or need_bias) and not low_memory:
             _sweep(call, space, True, n <= vocab, d_hidden, d_weight, d_bias)
@@ -298,7 +298,7 @@ def launch_backward(
 
 
 def _sweep(
-    call: _Call,
+    call: Call,
     space: int,
     by_rows: bool,  # batches outside, slices inside; or the other way round
     whole: bool,  # the outer dimension is not cut, and its sum is not counted against ``space``
@@ -321,15 +321,15 @@ def _sweep(
     in_order = (
         product(batches, slices) if by_rows else ((u, s) for s, u in product(slices, batches))
     )
-    for p in starmap(_Part, in_order):
+    for p in starmap(Part, in_order):
         _dz_pieces(call, p, dz)
         if d_hidden is not None or d_weight is not None:
             columns_sum = weight_sum
             if by_rows and weight_sum is not None and weight_sum is not d_weight:
                 columns_sum = weight_sum[p.tiles.start * t.tile :]
-            _products(call, p, dz, d_hidden, hidden_sum, d_weight, columns_sum)
+            add_products(call, p, dz, d_hidden, hidden_sum, d_weight, columns_sum)
         if d_bias is not None:
-            _column_sums(call, p, dz, d_bias)
+            add_column_sums(call, p, dz, d_bias)
 
 
 def _float32_sum(gradient: Tensor | None, parts: int, rows: int) -> Tensor | None:
@@ -369,7 +369,7 @@ def _even(count: int, most: int) -> int:
     return triton.cdiv(count, triton.cdiv(count, max(1, min(count, most))))
 
 
-def _dz_pieces(call: _Call, p: _Part, dz: Tensor) -> None:
+def _dz_pieces(call: Call, p: Part, dz: Tensor) -> None:
     """The pieces of ``p``, scaled; what lies outside the pieces is not written."""
     config, transform, t = call.logits_config, call.transform, call.tiles
     row_tiles = (p.units.stop - p.units.start) * (t.unit // config.rows)
@@ -386,9 +386,9 @@ def _dz_pieces(call: _Call, p: _Part, dz: Tensor) -> None:
     )  # fmt: skip
 
 
-def _products(
-    call: _Call,
-    p: _Part,
+def add_products(
+    call: Call,
+    p: Part,
     dz: Tensor,
     d_hidden: Tensor | None,
     hidden_sum: Tensor | None,
@@ -398,6 +398,7 @@ def _products(
     """What the pieces of ``p`` add to dH and dW; None is not made. dH's programs, the longest, start first."""
     config, t, width = call.product_config, call.tiles, call.hidden.shape[1]
     cols = triton.cdiv(width, config.cols)
+    sums = (hidden_sum, d_hidden), (weight_sum, d_weight)
     unit_programs = tile_programs = 0
     if d_hidden is not None:
         unit_programs = (p.units.stop - p.units.start) * (t.unit // config.rows) * cols
@@ -410,13 +411,13 @@ def _products(
         d_hidden, hidden_sum, d_weight, weight_sum, call.unscale,
         HIDDEN=d_hidden is not None, WEIGHT=d_weight is not None,
         SUM_HIDDEN=hidden_sum is not None, SUM_WEIGHT=weight_sum is not None,
-        IN_PLACE=call.hidden.dtype == torch.float32, UNIT=t.unit, TILE=t.tile,
+        IN_PLACE=any(s is not None and s is gradient for s, gradient in sums), UNIT=t.unit, TILE=t.tile,
         ROWS=config.rows, COLS=config.cols, DEPTH=config.depth, GROUP=GROUP,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
-def _column_sums(call: _Call, p: _Part, dz: Tensor, d_bias: Tensor) -> None:
+def add_column_sums(call: Call, p: Part, dz: Tensor, d_bias: Tensor) -> None:
     """What the pieces of ``p`` add to db."""
     t = call.tiles
     rows, cols = min(SUM_ROWS, t.unit), min(SUM_COLS, t.tile)

@@ -25,6 +25,7 @@ V/8 bytes per row, cleared, written and read once.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -72,18 +73,34 @@ _SLACK = tl.constexpr(1.0 + 1e-6)
 
 
 @triton.jit
-def _write_panel(
-    z, bias, first, rows, kept, label, codes, table, plane, at, label_logits, rivals, V, inner, outer,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, STATS: tl.constexpr, PANEL: tl.constexpr,
-):  # fmt: skip
-    """From raw products (ROWS, PANEL), columns from ``first`` on, to codes and entries ``at`` of the table."""
+def _panel_logits(
+    z,
+    bias,
+    first,
+    V,
+    inner,
+    outer,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PANEL: tl.constexpr,
+):
+    """Logits of raw products (ROWS, PANEL), columns from ``first`` on."""
     cols = first + tl.arange(0, PANEL)
-    inside = cols < V
     if HAS_BIAS:
-        z += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
+        z += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
     if SOFTCAP:
         z = tanh(z * inner)
-    z *= outer
+    return z * outer
+
+
+@triton.jit
+def write_panel(
+    z, first, rows, kept, label, codes, table, plane, at, label_logits, rivals, V,
+    STATS: tl.constexpr, PANEL: tl.constexpr,
+):  # fmt: skip
+    """From logits (ROWS, PANEL), columns from ``first`` on, to codes and entries ``at`` of the table."""
+    cols = first + tl.arange(0, PANEL)
+    inside = cols < V
     if STATS:
         total = tl.sum(tl.where(inside[None, :], z, 0.0), axis=1)
         tl.store(table + 3 * plane + at, total, mask=kept)
@@ -129,14 +146,41 @@ def _write_tile(
     plane = n.to(tl.int64) * panels
     at = rows.to(tl.int64) * panels + 2 * col_block
     left, right = z.reshape(ROWS, 2, PANEL).permute(0, 2, 1).split()
-    _write_panel(
-        left, bias, first, rows, kept, label, codes, table, plane, at, label_logits, rivals,
-        V, inner, outer, HAS_BIAS, SOFTCAP, STATS, PANEL,
-    )  # fmt: skip
-    _write_panel(
-        right, bias, first + PANEL, rows, kept, label, codes, table, plane, at + 1, label_logits, rivals,
-        V, inner, outer, HAS_BIAS, SOFTCAP, STATS, PANEL,
-    )  # fmt: skip
+    left = _panel_logits(left, bias, first, V, inner, outer, HAS_BIAS, SOFTCAP, PANEL)
+    write_panel(
+        left,
+        first,
+        rows,
+        kept,
+        label,
+        codes,
+        table,
+        plane,
+        at,
+        label_logits,
+        rivals,
+        V,
+        STATS,
+        PANEL,
+    )
+    first += PANEL
+    right = _panel_logits(right, bias, first, V, inner, outer, HAS_BIAS, SOFTCAP, PANEL)
+    write_panel(
+        right,
+        first,
+        rows,
+        kept,
+        label,
+        codes,
+        table,
+        plane,
+        at + 1,
+        label_logits,
+        rivals,
+        V,
+        STATS,
+        PANEL,
+    )
 
 
 @triton.jit(do_not_specialize=["n", "V", "row_blocks", "tiles", "programs"])
@@ -380,6 +424,7 @@ def plan_rows(
     """
     panels = 2 * triton.cdiv(vocab, config.cols)
     per_mask = 4 * words(vocab)
+    n = max(n, 1)
     blocks = min(max(1, budget // (4 * per_mask * height)), triton.cdiv(n, height))
     window = blocks * height
     # Codes; the table, at most four planes, and the list, three; the gathered rows of hidden.
@@ -407,8 +452,62 @@ def launch_forward(
 
     A row with a NaN or +inf logit has NaN for its dropped mass, and no nucleus but its label.
     """
-    n, (vocab, width), device = labels.numel(), weight.shape, hidden.device
-    height, mask_words = block_rows(device), words(vocab)
+    n, (vocab, width) = labels.numel(), weight.shape
+    bias, rows = contiguous(bias), contiguous(rows)
+    # Gathered rows lie next to each other, wherever they come from.
+    like = hidden if rows is None else hidden.new_empty(1, width)
+    config = tile_config("certified", target, like, weight)
+    bulk = bulk_copies(target, like, weight)
+    plan = plan_rows(n, vocab, width, hidden.dtype, block_rows(hidden.device), config, budget)
+    tiles = triton.cdiv(vocab, config.cols)
+    gathered = None if rows is None else hidden.new_empty(plan.chunk, width)
+    columns = TensorDescriptor.from_tensor(weight, [config.cols, config.depth]) if bulk else weight
+    inner, outer = scale_factors(transform)
+
+    def write_codes(r: slice, labels: Tensor, out: Codes) -> None:
+        count = len(labels)
+        if gathered is None or rows is None:
+            states = hidden[r]
+        else:
+            states = torch.index_select(hidden, 0, rows[r], out=gathered[:count])
+        row_blocks = triton.cdiv(count, config.rows)
+        programs = min(row_blocks * tiles, target.processors) if bulk else row_blocks * tiles
+        _codes_kernel[(programs,)](
+            TensorDescriptor.from_tensor(states, [config.rows, config.depth]) if bulk else states,
+            columns, bias, labels, *out,
+            count, vocab, width, *states.stride(), *weight.stride(), inner, outer,
+            row_blocks, tiles, programs,
+            BULK=bulk, HAS_BIAS=bias is not None, SOFTCAP=transform.softcap is not None, STATS=want_stats,
+            ROWS=config.rows, COLS=config.cols, DEPTH=config.depth, GROUP=GROUP_ROWS,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    planes = 4 if want_stats else 2
+    return choose_columns(labels, vocab, want_stats, tol, plan, config, planes, write_codes)
+
+
+class Codes(NamedTuple):
+    """What is written of the logits of a chunk of rows."""
+
+    codes: Tensor  # (rows, panels·PANEL) uint8
+    table: Tensor  # (planes, rows, panels) float32: peak, total, and with statistics moment and sum
+    label_logits: Tensor  # (rows,) float32
+    rivals: Tensor  # (rows,) float32
+
+
+def choose_columns(
+    labels: Tensor,  # (n,) int64
+    vocab: int,
+    want_stats: bool,
+    tol: float,
+    plan: Plan,
+    config: TileConfig,
+    planes: int,
+    write_codes: Callable[[slice, Tensor, Codes], None],
+) -> tuple[ForwardResult, Nuclei]:
+    """Results and nuclei of n rows: ``write_codes`` fills the codes of some of them, with these labels."""
+    n, device, height = labels.numel(), labels.device, block_rows(labels.device)
+    labels, mask_words = labels.contiguous(), words(vocab)
     blocks = triton.cdiv(n, height)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -427,47 +526,21 @@ def launch_forward(
         counts=new(blocks, dtype=torch.int32),
         dropped=new(n),
     )
-    if n == 0:
-        return result, nuclei
-    labels, bias, rows = labels.contiguous(), contiguous(bias), contiguous(rows)
-    # Gathered rows lie next to each other, wherever they come from.
-    like = hidden if rows is None else new(1, width, dtype=hidden.dtype)
-    config = tile_config("certified", target, like, weight)
-    bulk = bulk_copies(target, like, weight)
-    plan = plan_rows(n, vocab, width, hidden.dtype, height, config, budget)
-    tiles = triton.cdiv(vocab, config.cols)
-    panels, panel = 2 * tiles, config.cols // 2
-    planes = 4 if want_stats else 2
+    panels, panel = 2 * triton.cdiv(vocab, config.cols), config.cols // 2
     codes = new(plan.chunk, panels * panel, dtype=torch.uint8)
     table = new(planes, plan.chunk, panels)
     lists, shares = new(plan.chunk, panels, dtype=torch.int32), new(2, plan.chunk, panels)
-    gathered = None if rows is None else new(plan.chunk, width, dtype=hidden.dtype)
     masks = new(plan.window, mask_words, dtype=torch.int32)
     halves = masks.view(torch.int16)
     sizes, counts = new(plan.window, dtype=torch.int32), new(plan.chunk, dtype=torch.int32)
     label_logits, rivals, bounds = new(plan.chunk), new(plan.chunk), new(3, plan.chunk)
-    columns = TensorDescriptor.from_tensor(weight, [config.cols, config.depth]) if bulk else weight
-    inner, outer = scale_factors(transform)
+    of_chunk = Codes(codes, table, label_logits, rivals)
     for window in spans(n, plan.window):
         masks.zero_()
         for chunk in spans(window.stop - window.start, plan.chunk):
             r = slice(window.start + chunk.start, window.start + chunk.stop)
             count = r.stop - r.start
-            if gathered is None or rows is None:
-                states = hidden[r]
-            else:
-                states = torch.index_select(hidden, 0, rows[r], out=gathered[:count])
-            row_blocks = triton.cdiv(count, config.rows)
-            programs = min(row_blocks * tiles, target.processors) if bulk else row_blocks * tiles
-            _codes_kernel[(programs,)](
-                TensorDescriptor.from_tensor(states, [config.rows, config.depth]) if bulk else states,
-                columns, bias, labels[r], codes, table, label_logits, rivals,
-                count, vocab, width, *states.stride(), *weight.stride(), inner, outer,
-                row_blocks, tiles, programs,
-                BULK=bulk, HAS_BIAS=bias is not None, SOFTCAP=transform.softcap is not None, STATS=want_stats,
-                ROWS=config.rows, COLS=config.cols, DEPTH=config.depth, GROUP=GROUP_ROWS,
-                num_warps=config.warps, num_stages=config.stages,
-            )  # fmt: skip
+            write_codes(r, labels[r], of_chunk)
             of_rows = [None if values is None else values[r] for values in result]
             _rows_kernel[(triton.cdiv(count, MERGE_ROWS),)](
                 table, labels[r], label_logits, rivals, *of_rows, lists, shares, counts, bounds,

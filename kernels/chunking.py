@@ -69,7 +69,7 @@ class CertifiedForwardPlan(NamedTuple):
     chunk_rows: int  # whose logits over the whole vocabulary are held
     tile_rows: int  # that a pass takes at a time, so that they stay in the cache
     window_rows: int  # that are sorted together: whole blocks, whose bit masks are held
-    widened_cols: int  # of a head in low precision, widened at a time
+    product_cols: int  # of the head that a product takes at a time
 
 
 class CertifiedPlan(NamedTuple):
@@ -92,7 +92,8 @@ def plan_certified_forward(
     """Of sixteenths of the budget two for the masks of a window, one for a tile, one for a slice of a head that
     is widened where it is ``narrow`` (of lower precision than ``dtype``), the rest for a chunk.
 
-    Windows are equal, and so are the chunks of a window: a short one multiplies slowly.
+    Windows are equal, and so are the chunks of a window: a short one multiplies slowly. On a CPU a slice of any
+    head is multiplied at a time, which stays in the cache.
     """
     sixteenth = budget_bytes(device) // 16
     row = vocab * dtype.itemsize
@@ -102,8 +103,10 @@ def plan_certified_forward(
     chunk = max(1, (12 if narrow else 13) * sixteenth // (row + width * dtype.itemsize))
     chunk = max(1, -(-window // max(1, -(-window // chunk))))
     tile = max(1, min(chunk, sixteenth // row))
-    widened = max(1, sixteenth // (width * dtype.itemsize))
-    return CertifiedForwardPlan(chunk, tile, window, widened)
+    cols = vocab
+    if narrow or device.type == "cpu":
+        cols = max(1, min(vocab, sixteenth // (width * dtype.itemsize)))
+    return CertifiedForwardPlan(chunk, tile, window, cols)
 
 
 def plan_certified_backward(

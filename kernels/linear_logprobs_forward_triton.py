@@ -49,6 +49,16 @@ _LN_2 = tl.constexpr(math.log(2))
 _NEVER = tl.constexpr(-200.0)
 
 
+@triton.jit
+def raise_peak(peak, z):
+    """(peak of all so far and of z, how far below it the old one lies, z relative to it), for rows of z."""
+    new_peak = tl.maximum(peak, tl.max(z, axis=1))
+    # Where all logits so far are −inf (a bias may forbid tokens), any finite reference gives 2^y = 0.
+    reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    drop = tl.where(peak == float("-inf"), 0.0, peak - reference)
+    return new_peak, drop, z - reference[:, None]
+
+
 @triton.jit(do_not_specialize=["n", "V", "row_blocks", "splits", "tiles_per_split"])
 def _partials_kernel(
     hidden, weight, bias, labels, partials,
@@ -94,18 +104,13 @@ def _partials_kernel(
                 here = (label >= first) & (label < stop)
                 rival = tl.where(here, tl.maximum(peak, tl.max(lower, axis=1)), rival)
             next_label = tl.min(tl.where(label >= stop, label, V))
-        new_peak = tl.maximum(peak, tl.max(z, axis=1))
-        # Where all logits so far are −inf (a bias may forbid tokens), any finite reference gives 2^y = 0.
-        reference = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        drop = tl.where(peak == float("-inf"), 0.0, peak - reference)
+        peak, drop, shifted = raise_peak(peak, z)
         decay = tl.exp2(drop)
-        shifted = z - reference[:, None]
         weights = tl.exp2(shifted)
         if STATS:
             spread = tl.maximum(shifted, _NEVER)  # no 0·(−inf)
             moment = decay * (moment + total * drop) + tl.sum(weights * spread, axis=1)
         total = decay * total + tl.sum(weights, axis=1)
-        peak = new_peak
     plane = splits.to(tl.int64) * n
     out = partials + split.to(tl.int64) * n + rows
     kept = rows < n
@@ -231,7 +236,24 @@ def _launch_rows(
         ROWS=config.rows, COLS=config.cols, DEPTH=config.depth, GROUP=GROUP_ROWS,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
+    merge_partials(partials, labels, *result, vocab=vocab, outer=outer)
+
+
+def merge_partials(
+    partials: Tensor,  # (3 or 6, S, n)
+    labels: Tensor,  # (n,)
+    logps: Tensor,  # (n,), written, as is the rest
+    lse: Tensor,
+    entropy: Tensor | None = None,
+    top1: Tensor | None = None,
+    logit_mean: Tensor | None = None,
+    *,
+    vocab: int,
+    outer: float = 1.0,  # of logit_mean
+) -> None:
+    """Join the splits of every row; statistics where they are wanted."""
+    _, splits, n = partials.shape
     _merge_kernel[(triton.cdiv(n, MERGE_ROWS),)](
-        partials, labels, *result, n, vocab, splits, outer,
-        STATS=want_stats, ROWS=MERGE_ROWS, num_warps=4,
+        partials, labels, logps, lse, entropy, top1, logit_mean, n, vocab, splits, outer,
+        STATS=entropy is not None, ROWS=MERGE_ROWS, num_warps=4,
     )  # fmt: skip

@@ -67,22 +67,33 @@ def local_labels(labels, rows, n, first_col, V):
 
 
 @triton.jit
-def raw_tile(
-    hidden, weight, bias, rows, cols, V, H, hidden_row, hidden_col, weight_row, weight_col,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+def add_product(
+    acc, hidden, weight, rows, cols, H, hidden_row, hidden_col, weight_row, weight_col, DEPTH: tl.constexpr
 ):  # fmt: skip
-    """u of rows × cols. Columns past V repeat the last one: loads need no mask, the caller drops them."""
-    cols = tl.minimum(cols, V - 1)
+    """acc + H_rows·W_colsᵀ, (ROWS, COLS); rows and columns must exist."""
     depth = tl.arange(0, DEPTH)
     h_ptrs = hidden + rows[:, None] * hidden_row + depth[None, :] * hidden_col
     w_ptrs = weight + cols.to(tl.int64)[None, :] * weight_row + depth[:, None] * weight_col
-    acc = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, H, DEPTH):
         h = tl.load(h_ptrs, mask=depth[None, :] < H - start, other=0.0)
         w = tl.load(w_ptrs, mask=depth[:, None] < H - start, other=0.0)
         acc = dot(h, w, acc)
         h_ptrs += DEPTH * hidden_col
         w_ptrs += DEPTH * weight_col
+    return acc
+
+
+@triton.jit
+def raw_tile(
+    hidden, weight, bias, rows, cols, V, H, hidden_row, hidden_col, weight_row, weight_col,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """u of rows × cols. Columns past V repeat the last one: loads need no mask, the caller drops them."""
+    cols = tl.minimum(cols, V - 1)
+    acc = add_product(
+        tl.zeros([ROWS, COLS], tl.float32), hidden, weight, rows, cols, H,
+        hidden_row, hidden_col, weight_row, weight_col, DEPTH,
+    )  # fmt: skip
     if HAS_BIAS:  # last, lest a large one cost the sum its low bits
         acc += tl.load(bias + cols).to(tl.float32)[None, :]
     return acc

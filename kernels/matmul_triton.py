@@ -21,12 +21,37 @@ GROUP = 8  # row blocks that are under way together, so that they share B's colu
 
 
 @triton.jit
+def halves(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return tile.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
 def split_columns(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The four quarters of a tile's columns, left to right."""
-    left, right = tile.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1).split()
-    first, second = left.reshape(ROWS, 2, COLS // 4).permute(0, 2, 1).split()
-    third, fourth = right.reshape(ROWS, 2, COLS // 4).permute(0, 2, 1).split()
+    left, right = halves(tile, ROWS, COLS)
+    first, second = halves(left, ROWS, COLS // 2)
+    third, fourth = halves(right, ROWS, COLS // 2)
     return first, second, third, fourth
+
+
+@triton.jit
+def split_finely(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The eight eighths of a tile's columns, left to right."""
+    first, second, third, fourth = split_columns(tile, ROWS, COLS)
+    a, b = halves(first, ROWS, COLS // 4)
+    c, d = halves(second, ROWS, COLS // 4)
+    e, f = halves(third, ROWS, COLS // 4)
+    g, h = halves(fourth, ROWS, COLS // 4)
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def join_columns(quarters, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A tile (ROWS, COLS) of the four quarters of its columns."""
+    left = tl.join(quarters[0], quarters[1]).permute(0, 2, 1).reshape(ROWS, COLS // 2)
+    right = tl.join(quarters[2], quarters[3]).permute(0, 2, 1).reshape(ROWS, COLS // 2)
+    return tl.join(left, right).permute(0, 2, 1).reshape(ROWS, COLS)
 
 
 @triton.jit

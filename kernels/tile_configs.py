@@ -48,8 +48,9 @@ _INTERPRETER_TILE = TileConfig(16, 32, 16, 1, 1)
 
 # "logits": rows × cols of the logits, in the exact forward and backward; "matmul": products of a backward;
 # "certified": logits of the certified forward; "pieces": those of its backward; "… softcap": the same with a
-# softcap, whose tanh needs registers; "unaligned": any of these for operands that cannot be loaded 16 bytes at
-# a time, which takes registers for addresses.
+# softcap, whose tanh needs registers; "noisy", "noisy pieces": logits and pieces with noise, which have two
+# accumulators; "unaligned": any of these for operands that cannot be loaded 16 bytes at a time, which takes
+# registers for addresses.
 _TABLE: dict[tuple[str, str, str], TileConfig] = {
     ("logits", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
     ("logits", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
@@ -87,6 +88,24 @@ _TABLE: dict[tuple[str, str, str], TileConfig] = {
     ("pieces softcap", "sm_90", "float32"): TileConfig(64, 64, 32, 4, 3),
     ("pieces softcap", "sm_100", "half"): TileConfig(128, 64, 64, 8, 3),
     ("pieces softcap", "sm_100", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("noisy", "sm_80", "half"): TileConfig(128, 64, 32, 8, 3),
+    ("noisy", "sm_80", "float32"): TileConfig(64, 32, 32, 4, 3),
+    ("noisy", "sm_90", "half"): TileConfig(128, 128, 64, 8, 3),
+    ("noisy", "sm_90", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("noisy", "sm_100", "half"): TileConfig(128, 64, 64, 8, 3),
+    ("noisy", "sm_100", "float32"): TileConfig(128, 64, 32, 8, 3),
+    ("noisy pieces", "sm_80", "half"): TileConfig(128, 64, 32, 4, 3),
+    ("noisy pieces", "sm_80", "float32"): TileConfig(64, 32, 32, 4, 3),
+    ("noisy pieces", "sm_90", "half"): TileConfig(128, 128, 64, 8, 3),
+    ("noisy pieces", "sm_90", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("noisy pieces", "sm_100", "half"): TileConfig(128, 64, 64, 8, 3),
+    ("noisy pieces", "sm_100", "float32"): TileConfig(128, 64, 32, 8, 3),
+    ("noisy unaligned", "sm_80", "half"): TileConfig(64, 64, 32, 8, 3),
+    ("noisy unaligned", "sm_80", "float32"): TileConfig(64, 32, 16, 8, 3),
+    ("noisy unaligned", "sm_90", "half"): TileConfig(64, 64, 32, 8, 3),
+    ("noisy unaligned", "sm_90", "float32"): TileConfig(64, 32, 16, 8, 3),
+    ("noisy unaligned", "sm_100", "half"): TileConfig(64, 64, 32, 8, 3),
+    ("noisy unaligned", "sm_100", "float32"): TileConfig(64, 64, 16, 8, 3),
     ("unaligned", "sm_80", "half"): TileConfig(64, 64, 32, 4, 3),
     ("unaligned", "sm_80", "float32"): TileConfig(64, 64, 16, 8, 3),
     ("unaligned", "sm_90", "half"): TileConfig(64, 64, 32, 4, 3),
@@ -135,11 +154,11 @@ def target(device: torch.device) -> Target:
 
 
 def tile_config(use: str, target: Target, *operands: torch.Tensor) -> TileConfig:
-    """The tile for ``use`` ("logits", "softcap" or "matmul") of matrices that come from the caller."""
+    """The tile for ``use``, a name of the table, of matrices that come from the caller."""
     if target.chip == "interpreter":
         return _INTERPRETER_TILE
     if not all(map(_aligned, operands)):
-        use = "unaligned"
+        use = "noisy unaligned" if use.startswith("noisy") else "unaligned"
     return _TABLE[use, target.chip, "float32" if operands[0].dtype == torch.float32 else "half"]
 
 

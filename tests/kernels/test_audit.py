@@ -18,9 +18,11 @@ from fastpo.kernels import (
     audit,
     certified_backward_audit,
     certified_forward_audit,
+    certified_noisy_audit,
     linear_logprobs_audit,
     linear_logprobs_backward_triton,
     linear_logprobs_forward_triton,
+    noisy_linear_logprobs_audit,
     tile_configs,
 )
 from fastpo.kernels.audit import CHIPS, AuditCase, Report
@@ -32,6 +34,7 @@ PARTS = (
     "torch.float16",
     "solve_margins",
     "epilogue",
+    "philox",
 )  # of the full audit
 pytestmark = pytest.mark.skipif(tile_configs.INTERPRETED, reason="compiles kernels")
 
@@ -180,19 +183,29 @@ def test_recording_launches_nothing_and_leaves_triton_as_it_was() -> None:
 
 
 def test_every_row_of_the_tile_table_is_audited() -> None:
-    flags_of = {linear_logprobs_audit: 5, certified_forward_audit: 4, certified_backward_audit: 4}
+    flags_of = {
+        linear_logprobs_audit: 5,
+        certified_forward_audit: 4,
+        certified_backward_audit: 4,
+        noisy_linear_logprobs_audit: 3,
+        certified_noisy_audit: 3,
+    }
     cases = [
         case
         for module, flags in flags_of.items()
         for case in module.audit_cases()
         if case.name.count("+") in (0, flags) and "n > V" not in case.name
     ]
-    assert len(cases) == 3 * 3 * 3 * 2
+    assert len(cases) == 3 * 3 * 3 * 2 + 3 * 8 * 2 + 1 + 3 * 8 * 2 * 2
     kind_of = {
         "_matmul_kernel": "matmul",
         "_codes_kernel": "certified",
         "_dz_pieces_kernel": "pieces",
         "_products_kernel": "products",
+        "_noisy_partials_kernel": "noisy",
+        "_noisy_gradients_kernel": "noisy",
+        "_noisy_codes_kernel": "noisy codes",
+        "_noisy_pieces_kernel": "noisy pieces",
     }
     for chip in CHIPS:
         audited = set()
@@ -216,6 +229,9 @@ def test_every_row_of_the_tile_table_is_audited() -> None:
                     "certified": ["certified"],
                     "pieces": ["pieces"],
                     "pieces softcap": ["pieces"],
+                    "noisy": ["noisy", "noisy codes"],
+                    "noisy pieces": ["noisy pieces"],
+                    "noisy unaligned": ["noisy", "noisy codes", "noisy pieces"],
                     "unaligned": ["matmul", "logits", "certified", "pieces", "products"],
                 }.get(use, ["logits"])
                 for kind in kinds:
@@ -238,6 +254,8 @@ def test_kernels_with_all_flags_on_and_off(chip: str) -> None:
     assert {"_partials_kernel", "_merge_kernel", "_dlogits_kernel", "_matmul_kernel"} <= kernels
     assert {"_codes_kernel", "_rows_kernel", "_nuclei_kernel"} <= kernels
     assert {"_dz_pieces_kernel", "_products_kernel"} <= kernels
+    assert {"_noisy_partials_kernel", "_noisy_gradients_kernel", "_parts_kernel"} <= kernels
+    assert {"_noisy_codes_kernel", "_clean_kernel", "_noisy_pieces_kernel"} <= kernels
 
 
 @pytest.mark.slow

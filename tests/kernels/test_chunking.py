@@ -30,7 +30,7 @@ def test_forward_plan(
     assert 1 <= plan.tile_rows <= plan.chunk_rows <= n
     of_masks = plan.window_rows * words(vocab) * 4
     of_logits = (plan.chunk_rows + plan.tile_rows) * vocab * dtype.itemsize
-    gathered = (plan.chunk_rows + narrow * plan.widened_cols) * width * dtype.itemsize
+    gathered = (plan.chunk_rows + narrow * plan.product_cols) * width * dtype.itemsize
     least = height * words(vocab) * 4 + 2 * vocab * dtype.itemsize  # a block's masks, two rows
     assert of_masks + of_logits + gathered <= chunking.CPU_BUDGET_BYTES + least
 
