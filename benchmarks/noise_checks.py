@@ -13,7 +13,7 @@ import fastpo
 from fastpo.kernels.logit_transform import LogitTransform
 from fastpo.ops.certified import DEFAULT_TOL
 
-from .device_checks import Check, Shape
+from .device_checks import Check, Shape, kernel_backend
 
 SEED = 2**63 + 99
 DRAWS = {"cuda": (1000, 1001), "cpu": (40, 41)}  # tokens and vocabulary entries
@@ -38,14 +38,21 @@ def noise_checks(device: torch.device) -> Iterator[tuple[str, Check]]:
 
 
 def check_draws(device: torch.device) -> dict[str, Any]:
-    """The normals of the device are those of the CPU."""
+    """The normals of the device, PyTorch's and Triton's, are those of PyTorch on the CPU."""
     tokens, entries = DRAWS[device.type]
-    token = torch.arange(tokens)[:, None] * 2**33 + 7
+    token = torch.arange(tokens) * 2**33 + 7
     column = torch.arange(entries)[None, :]
-    here = fastpo.philox_normal(SEED, token.to(device), column.to(device)).cpu().double()
-    there = fastpo.philox_normal(SEED, token, column).double()
-    error = float(((here - there).abs() / there.abs().clamp(min=1)).max())
-    return {"ok": error <= 1e-6, "error": error, "draws": here.numel()}
+    there = fastpo.philox_normal(SEED, token[:, None], column).double()
+    drawn = {"torch": fastpo.philox_normal(SEED, token[:, None].to(device), column.to(device))}
+    if kernel_backend(device) == "triton":
+        from fastpo.kernels import philox_triton
+
+        drawn["triton"] = philox_triton.normal_tile(SEED, token.to(device), 0, entries)
+    errors = {
+        name: float(((here.cpu().double() - there).abs() / there.abs().clamp(min=1)).max())
+        for name, here in drawn.items()
+    }
+    return {"ok": max(errors.values()) <= 1e-6, "errors": errors, "draws": there.numel()}
 
 
 def check_noisy_logprobs(
@@ -75,6 +82,7 @@ def check_noisy_logprobs(
             seed=SEED,
             token_index=tokens,
             backward=backward,
+            backend=kernel_backend(device),
             **options,
         )
         found = torch.autograd.grad(logps, list(inputs.values()), coefficient)

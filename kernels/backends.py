@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton")
-TRITON_FAMILIES = ("linear_logprobs", "certified")  # of kernels; the others have PyTorch alone
 
 
 # Whether Triton can be imported; it is not loaded to find out.
@@ -62,16 +61,8 @@ def noisy_linear_logprobs_module(
 
 
 def _module(family: str, hidden: Tensor, weight: Tensor, backend: str) -> ModuleType:
-    """``"auto"`` takes PyTorch where there are no Triton kernels, or none for the device; ``"triton"`` is an
-    error there.
-    """
+    """``"auto"`` takes PyTorch where Triton's kernels do not support the device, ``"triton"`` raises there."""
     name = choose_backend(backend, hidden.device, hidden.dtype)
-    if name == "triton" and family not in TRITON_FAMILIES:
-        if backend == "triton":
-            raise ValueError(
-                f"backend: got 'triton', but {family} has no Triton kernels; use 'torch' or 'auto'"
-            )
-        name = "torch"
     module = importlib.import_module(f".{family}_{name}", __package__)
     if backend == "auto" and name == "triton" and module.supported(hidden, weight) is not None:
         return importlib.import_module(f".{family}_torch", __package__)

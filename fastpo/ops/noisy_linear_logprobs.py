@@ -1,8 +1,8 @@
 """``noisy_linear_logprobs``: token log-probabilities under logits with trainable noise, as DNPO has them.
 
 Checks and the registration with ``torch.library``; the arithmetic is in
-``fastpo.kernels.noisy_linear_logprobs_torch``, that of the certified backward in
-``fastpo.kernels.certified_noisy_torch``.
+``fastpo.kernels.noisy_linear_logprobs_torch`` and ``fastpo.kernels.noisy_linear_logprobs_triton``, that of the
+certified backward in ``fastpo.kernels.certified_noisy_torch`` and ``fastpo.kernels.certified_noisy_triton``.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def noisy_linear_logprobs(
             certified gradient is exact on a set of vocabulary entries and 0 elsewhere: for every token
             ‖error of d loss/d z‖₁ ≤ tol·|d loss/d log-prob|, and at most max |ε| times that for σ.
         tol: the probability that the certified backward may leave out per token, in [0, 1); 0 is exact.
-        backend: ``"auto"`` or ``"torch"``: PyTorch on every device.
+        backend: ``"auto"`` (Triton on CUDA, else PyTorch), ``"triton"`` or ``"torch"``.
         return_clean: also return the log-probs without the noise, which cost no product more.
 
     Returns:

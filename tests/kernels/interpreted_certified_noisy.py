@@ -27,7 +27,14 @@ from interpreted_noisy_linear_logprobs import (
     reference,
 )
 
-from fastpo.kernels import certified_forward_triton, certified_noisy_triton, nucleus, tile_configs
+from fastpo.benchmarks import noise_checks
+from fastpo.kernels import (
+    certified_forward_triton,
+    certified_noisy_triton,
+    noisy_linear_logprobs_triton,
+    nucleus,
+    tile_configs,
+)
 from fastpo.kernels import certified_noisy_backward_triton as backward_launcher
 from fastpo.kernels import certified_noisy_forward_triton as forward_launcher
 from fastpo.kernels.logit_transform import LogitTransform
@@ -290,6 +297,23 @@ def test_module_is_the_backend(seed: int, monkeypatch) -> None:
     left_out = (mass * ~needed.repeat_interleave(HEIGHT, dim=0)[: len(mass)]).sum(dim=1)
     assert (left_out <= tol * (1 + 1e-3)).all()
     assert left_out.any()
+
+
+@pytest.mark.parametrize("rank", [None, 16], ids=["full rank", "low rank"])
+def test_operation_takes_both_backwards_through_the_kernels(
+    seed: int, rank: int | None, monkeypatch
+) -> None:
+    """The check of the GPU pass, at a size for the interpreter."""
+    calls = []
+    for module in (noisy_linear_logprobs_triton, certified_noisy_triton):
+        for name in ("forward", "backward"):
+            real = getattr(module, name)
+            monkeypatch.setattr(
+                module, name, lambda *a, f=real, m=module, n=name: (calls.append((m, n)), f(*a))[1]
+            )
+    found = noise_checks.check_noisy_logprobs((21, 8, 37), BFLOAT16, rank, torch.device("cpu"))
+    assert found["ok"], found
+    assert len(set(calls)) == 4
 
 
 # Planted faults: the comparisons above must notice each of them.

@@ -191,16 +191,23 @@ def test_memory_is_two_tiles_more_than_without_noise(backward: str, n: int, seed
 
 
 @pytest.mark.parametrize("certified", [False, True])
-def test_where_triton_would_serve_pytorch_does(
+def test_triton_serves_where_it_can_and_pytorch_elsewhere(
     certified: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As on a CUDA device: the kernels take a call unless they do not support it."""
+    from fastpo.kernels import certified_noisy_triton, noisy_linear_logprobs_triton
+
+    kernels = certified_noisy_triton if certified else noisy_linear_logprobs_triton
     monkeypatch.setattr(backends, "choose_backend", lambda *_: "triton")
     inputs, _, _ = draw(dtype=torch.float32)
     arguments = (inputs["hidden"], inputs["weight"])
-    module = backends.noisy_linear_logprobs_module(*arguments, "auto", certified)
-    assert module is (certified_noisy_torch if certified else noisy_linear_logprobs_torch)
-    with pytest.raises(ValueError, match=r"backend: got 'triton', but .* has no Triton kernels"):
-        backends.noisy_linear_logprobs_module(*arguments, "triton", certified)
+    choose = backends.noisy_linear_logprobs_module
+    monkeypatch.setattr(kernels, "supported", lambda *_: None)
+    assert choose(*arguments, "auto", certified) is kernels
+    monkeypatch.setattr(kernels, "supported", lambda *_: "too old a chip")
+    in_pytorch = certified_noisy_torch if certified else noisy_linear_logprobs_torch
+    assert choose(*arguments, "auto", certified) is in_pytorch
+    assert choose(*arguments, "triton", certified) is kernels
 
 
 @pytest.mark.parametrize(
