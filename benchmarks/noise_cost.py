@@ -9,6 +9,9 @@ whose σ is about 0.3, as DNPO uses it: hidden states and head frozen, gradients
     noisy forward                    fastpo.noisy_linear_logprobs without gradients
     noisy exact, noisy certified     forward and backward
     draw                             all N×V normals, tile by tile, and nothing else
+    penalty, penalty of N/8          mean(σ²) of all tokens and of the first eighth, and its gradient
+
+The penalty takes N·H² + 2V·H² multiplications, so its time should hardly depend on N where V is much larger.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def measure(
     """Medians in seconds and peak extra bytes of every step; bfloat16 on CUDA, else float32."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     workload = workloads.lm(n, width, vocab, entropy=1.6, states=states, dtype=dtype, device=device)
-    steps = steps_of(workload)
+    steps = steps_of(workload) | penalties(workload)
     timings = interleaved(
         {"G": product(workload.hidden, workload.weight), **steps}, rounds, device=device
     )
@@ -123,6 +126,19 @@ def steps_of(workload: workloads.Workload) -> dict[str, Callable[[], list[Tensor
         "noisy certified": lambda: noisy("certified"),
         "draw": draw,
     }
+
+
+def penalties(workload: workloads.Workload) -> dict[str, Callable[[], list[Tensor]]]:
+    hidden = workload.hidden
+    vocab, width = workload.weight.shape
+    generator = fastpo.NoiseGenerator(width, vocab, device=hidden.device)
+
+    def penalty(count: int) -> list[Tensor]:
+        mean_square = generator.penalty(hidden[:count])
+        return list(torch.autograd.grad(mean_square, [generator.weight, generator.bias]))
+
+    n = len(hidden)
+    return {"penalty": lambda: penalty(n), "penalty of N/8": lambda: penalty(max(1, n // 8))}
 
 
 def text(document: dict[str, Any]) -> str:

@@ -58,9 +58,9 @@ def plan_tile(n: int, vocab: int, width: int, device: torch.device, dtype: torch
 def plan_noisy_tile(
     n: int, vocab: int, width: int, device: torch.device, dtype: torch.dtype
 ) -> Tile:
-    """For σ and its draw beside a chunk of logits over the whole vocabulary: half as wide."""
+    """For σ and its draw beside the logits: a quarter as wide, in whole counters of the draw."""
     tile = plan_tile(n, vocab, width, device, dtype)
-    return tile._replace(cols=max(1, tile.cols // 2))
+    return tile._replace(cols=min(vocab, -(-tile.cols // 16) * 4))
 
 
 class CertifiedForwardPlan(NamedTuple):

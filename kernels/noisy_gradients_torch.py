@@ -73,7 +73,7 @@ def add_tile_gradients(
     transform: LogitTransform,
     draw: Tensor,  # (R, C) ε; overwritten, as are the next two
     room: Tensor,  # (R, C)
-    free: Tensor,  # (R, C)
+    free: Tensor,  # (R, F): σ is made so many columns at a time
     keep: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Make a tile of noisy logits again; add all products of its dz and dσ.
@@ -82,7 +82,10 @@ def add_tile_gradients(
     """
     z = logit_tile(rows.h, columns.w, columns.b, transform, room)
     slope = transform.derivative(z)
-    z.addcmul_(logit_tile(rows.x, columns.u, columns.s, IDENTITY, free), draw)
+    for c in spans(z.shape[1], free.shape[1]):
+        part = free.flatten()[: len(z) * (c.stop - c.start)].view(len(z), -1)
+        s = None if columns.s is None else columns.s[c]
+        z[:, c].addcmul_(logit_tile(rows.x, columns.u[c], s, IDENTITY, part), draw[:, c])
     dz = softmax_gradient_(z, label, inside, rows.lse, rows.grad)
     if keep is not None:
         keep(dz)

@@ -8,7 +8,8 @@ z is the logit of ``linear_logprobs``, ε a pure function of (seed, token index,
 ``noisy_gradients_torch``.
 
 Shapes: n tokens with a label, hidden (N, H), weight (V, H), U (V, R), A (R, H), R = H without A. Neither
-logits nor σ nor ε exist beyond a tile; x of a low rank is made once. The sign of σ is free, as ε is symmetric.
+logits nor σ nor ε exist beyond a tile; σ, and in the forward ε, are made a quarter of one at a time, x of a low
+rank once. The sign of σ is free, as ε is symmetric.
 Cost: 2 products and a draw in the forward; in the backward these again, and a product for every gradient.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .chunking import plan_tile, spans
+from .chunking import plan_noisy_tile, plan_tile, spans
 from .linear_logprobs_torch import (
     LEAST_EXPONENT,
     labels_in_tile,
@@ -68,7 +69,7 @@ def forward(
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     labels: Tensor,  # (n,) int64 in [0, V)
-    rows: Tensor,  # (n,) int64 into hidden
+    rows: Tensor,  # (n,) int64 into hidden, ascending
     transform: LogitTransform,
     noise: Noise,
     want_clean: bool,
@@ -76,25 +77,31 @@ def forward(
     """Log-probs under the noise; slices of the vocabulary outside, blocks of rows inside."""
     dtype = accumulation_dtype(hidden.dtype)
     n, (vocab, width) = labels.numel(), weight.shape
+    gathered = None if n == len(hidden) else rows
     tile = plan_tile(n, vocab, width, hidden.device, dtype)
     noisy = RunningSums(n, hidden, dtype)
     clean = RunningSums(n, hidden, dtype) if want_clean else None
-    tiles = Tiles(3, tile.rows * tile.cols, dtype, hidden.device)
+    parts = plan_noisy_tile(n, vocab, width, hidden.device, dtype)
+    logits = Tiles(1, tile.rows * tile.cols, dtype, hidden.device)
+    spare = Tiles(2, tile.rows * parts.cols, dtype, hidden.device)
     with full_precision(hidden.device):
         projected = project(hidden, rows, noise)
         for v in spans(vocab, tile.cols):
             w, b = vocabulary_slice(weight, bias, v, dtype)
             u, s = vocabulary_slice(noise.weight, noise.bias, v, dtype)
             for r in spans(n, tile.rows):
-                h = row_block(hidden, rows, r, dtype)
+                h = row_block(hidden, gathered, r, dtype)
                 x = h if projected is None else projected[r]
-                room, draw, free = tiles.of(len(h), v.stop - v.start)
-                z = logit_tile(h, w, b, transform, room)
-                if clean is not None:
-                    clean.add(z, labels, r, v, free)
-                normal_tile(noise.seed, noise.tokens[r], v.start, v.stop, draw)
-                z.addcmul_(logit_tile(x, u, s, IDENTITY, free), draw)
-                noisy.add(z, labels, r, v, free)
+                z = logit_tile(h, w, b, transform, *logits.of(len(h), v.stop - v.start))
+                for c in spans(v.stop - v.start, parts.cols):
+                    draw, free = spare.of(len(h), c.stop - c.start)
+                    entries = slice(v.start + c.start, v.start + c.stop)
+                    if clean is not None:
+                        clean.add(z[:, c], labels, r, entries, free)
+                    normal_tile(noise.seed, noise.tokens[r], entries.start, entries.stop, draw)
+                    sigma = logit_tile(x, u[c], None if s is None else s[c], IDENTITY, free)
+                    z[:, c].addcmul_(sigma, draw)
+                    noisy.add(z[:, c], labels, r, entries, free)
     return NoisyForward(*noisy.finish(), None if clean is None else clean.finish()[0])
 
 
@@ -104,7 +111,7 @@ def backward(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    rows: Tensor,
+    rows: Tensor,  # ascending
     lse: Tensor,  # (n,) of the forward
     transform: LogitTransform,
     noise: Noise,
@@ -113,9 +120,12 @@ def backward(
     """Exact gradients; a product not needed is not made."""
     dtype = accumulation_dtype(hidden.dtype)
     n, (vocab, width) = labels.numel(), weight.shape
+    gathered = None if n == len(hidden) else rows
     tile = plan_tile(n, vocab, width, hidden.device, dtype)
     grad = grad.to(dtype)
-    tiles = Tiles(3, tile.rows * tile.cols, dtype, hidden.device)
+    parts = plan_noisy_tile(n, vocab, width, hidden.device, dtype)
+    tiles = Tiles(2, tile.rows * tile.cols, dtype, hidden.device)
+    spare = Tiles(1, tile.rows * parts.cols, dtype, hidden.device)
     gradients = GradientSums(hidden, weight, bias, rows, noise, needed)
     with full_precision(hidden.device):
         projected = project(hidden, rows, noise)
@@ -127,10 +137,11 @@ def backward(
                 *(sums.get(name) for name in OF_VOCABULARY),
             )
             for r in spans(n, tile.rows):
-                h = row_block(hidden, rows, r, dtype)
+                h = row_block(hidden, gathered, r, dtype)
                 x = h if projected is None else projected[r]
                 dh, dx = (None if t is None else t[r] for t in (gradients.dh, gradients.dx))
-                room, draw, free = tiles.of(len(h), v.stop - v.start)
+                room, draw = tiles.of(len(h), v.stop - v.start)
+                (free,) = spare.of(len(h), min(parts.cols, v.stop - v.start))
                 normal_tile(noise.seed, noise.tokens[r], v.start, v.stop, draw)
                 add_tile_gradients(
                     Rows(h, x, lse[r], grad[r], dh, dx), columns,

@@ -97,18 +97,21 @@ def normal_tile(
     groups = torch.arange(start, stop, device=token.device)
     if out is None:
         out = torch.empty((token.numel(), last - first), dtype=torch.float32, device=token.device)
-    in_place = first % LANES == last % LANES == 0 and out.dtype == torch.float32
     for r in spans(token.numel(), max(1, COUNTERS // groups.numel())):
-        words = philox(_counter(token[r].unsqueeze(1), groups), seed)
-        if in_place:
-            lanes = out[r].unflatten(1, (-1, LANES)).unbind(2)
-            for k in (0, 2):
-                normal_pair(words[k], words[k + 1], out=(lanes[k], lanes[k + 1]))
-        else:
-            drawn = [lane for k in (0, 2) for lane in normal_pair(words[k], words[k + 1])]
-            both = torch.stack(drawn, dim=-1).flatten(1)
-            out[r] = both[:, first - start * LANES : last - start * LANES]
+        _fill_rows(out[r], seed, token[r], groups, first - start * LANES)
     return out
+
+
+def _fill_rows(out: Tensor, seed: int, token: Tensor, groups: Tensor, skipped: int) -> None:
+    """out (R, C) = the normals of tokens (R,) and groups without the first ``skipped`` (0 to 3)."""
+    words = philox(_counter(token.unsqueeze(1), groups), seed)
+    if out.shape[1] == groups.numel() * LANES and out.dtype == torch.float32:
+        lanes = out.unflatten(1, (-1, LANES)).unbind(2)
+        for k in (0, 2):
+            normal_pair(words[k], words[k + 1], out=(lanes[k], lanes[k + 1]))
+    else:
+        drawn = [lane for k in (0, 2) for lane in normal_pair(words[k], words[k + 1])]
+        out.copy_(torch.stack(drawn, dim=-1).flatten(1)[:, skipped : skipped + out.shape[1]])
 
 
 def normal_columns(seed: int, token: Tensor, columns: Tensor, out: Tensor) -> Tensor:

@@ -166,7 +166,8 @@ def test_registered_operator(tol: float, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backward", "n"), [("exact", 1500), ("certified", 1500), ("certified", 4000)]
+    ("backward", "n"),
+    [("exact", 1500), ("exact", 4000), ("certified", 1500), ("certified", 4000)],
 )
 def test_memory_is_two_tiles_more_than_without_noise(backward: str, n: int, seed: int) -> None:
     width, vocab = 48, 6000
