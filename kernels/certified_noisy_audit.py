@@ -14,7 +14,7 @@ from .certified_noisy_backward_triton import launch_backward
 from .certified_noisy_forward_triton import launch_forward
 from .linear_logprobs_audit import LAYOUTS, matrix, vector
 from .logit_transform import LogitTransform
-from .noisy_linear_logprobs_audit import GENERATORS, make_needed, make_noise
+from .noisy_linear_logprobs_audit import GENERATORS, has_bias, make_needed, make_noise
 from .nucleus import words
 from .precision import TRITON_DTYPES
 
@@ -24,18 +24,19 @@ HEIGHT = 128
 def audit_cases() -> Iterator[AuditCase]:
     """Every combination of dtypes, layouts, generators and flags, forward and backward.
 
-    With ``model`` all gradients and the clean log-probs are wanted, else those of the generator alone. The gate
-    takes the same as in ``noisy_linear_logprobs_audit``. The backward gathers, so only the forward must fetch
-    its operands by bulk copies.
+    With ``model`` all gradients and the clean log-probs are wanted, else those of the generator alone; biases,
+    which only add loads, come with the generators that are not split. The gate takes the same as in
+    ``noisy_linear_logprobs_audit``. The backward gathers, so only the forward must fetch its operands by bulk
+    copies.
     """
     for dtype, layout, generator in product(TRITON_DTYPES, LAYOUTS, GENERATORS):
         if dtype == torch.float32 and generator == "split":
             continue
-        for extreme, on in flag_combinations("bias", "softcap", "model"):
+        for extreme, on in flag_combinations("softcap", "model"):
             of_case = [str(dtype), layout, generator]
             of_case += [f"+{flag}" for flag, value in on.items() if value]
             in_gate = extreme and layout == "aligned" and dtype == torch.bfloat16
-            in_gate &= generator == ("low rank" if on["bias"] else "split")
+            in_gate &= generator == ("low rank" if on["softcap"] else "split")
             for direction, call in (("forward", _forward), ("backward", _backward)):
                 yield AuditCase(
                     " ".join(["certified noisy", direction, *of_case]),
@@ -45,9 +46,8 @@ def audit_cases() -> Iterator[AuditCase]:
                 )
 
 
-def _forward(
-    dtype: torch.dtype, layout: str, generator: str, bias: bool, softcap: bool, model: bool
-) -> None:
+def _forward(dtype: torch.dtype, layout: str, generator: str, softcap: bool, model: bool) -> None:
+    bias = has_bias(generator)
     n, vocab, width = 64, 2048, 65 if layout == "odd" else 64
     launch_forward(
         matrix(2 * n, width, dtype, layout),
@@ -64,10 +64,9 @@ def _forward(
     )
 
 
-def _backward(
-    dtype: torch.dtype, layout: str, generator: str, bias: bool, softcap: bool, model: bool
-) -> None:
+def _backward(dtype: torch.dtype, layout: str, generator: str, softcap: bool, model: bool) -> None:
     """In slices, over which the gradients of the rows are summed."""
+    bias = has_bias(generator)
     n, vocab, width = 512, 2048, 65 if layout == "odd" else 64
     blocks = n // HEIGHT
     noise = make_noise(n, vocab, width, dtype, layout, generator, bias)

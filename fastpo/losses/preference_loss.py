@@ -58,7 +58,8 @@ class PreferenceLoss(nn.Module):
         noise_alpha: weight α ≥ 0 of the penalty on the variance of the noise; None: 1. With ``noise`` alone.
         ignore_index: label of tokens that do not count.
         logit_scale, softcap, temperature, backward, tol, low_memory, backend: see
-            :func:`fastpo.linear_logprobs`.
+            :func:`fastpo.linear_logprobs`. ``low_memory`` is the policy's alone: the log-probs under noise have
+            one sweep.
         return_stats: compute the token statistics that the metrics ``entropy``, ``logits/*`` and
             ``mean_token_accuracy`` need.
         group: ranks over which batch-coupled terms (``batch_coupled`` losses and the token mean of the SFT

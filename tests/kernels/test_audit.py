@@ -187,8 +187,8 @@ def test_every_row_of_the_tile_table_is_audited() -> None:
         linear_logprobs_audit: 5,
         certified_forward_audit: 4,
         certified_backward_audit: 4,
-        noisy_linear_logprobs_audit: 3,
-        certified_noisy_audit: 3,
+        noisy_linear_logprobs_audit: 2,
+        certified_noisy_audit: 2,
     }
     cases = [
         case
