@@ -26,8 +26,8 @@ def audit_cases() -> Iterator[AuditCase]:
     """Every combination of dtypes, layouts, generators and flags, and the draw alone.
 
     With ``model`` all gradients and the clean log-probs are wanted, else those of the generator alone; biases,
-    which only add loads, come with the generators that are not split. The gate takes aligned bfloat16: all flags
-    off for a split generator, and all on for one of low rank.
+    which only add loads, come with the generators that are not split. The gate takes aligned bfloat16: all
+    flags off for a split generator, and all on for one of low rank.
     """
     tokens = torch.zeros(8, dtype=torch.int64)
     yield AuditCase("philox", True, partial(normal_tile, 7, tokens, 3, 100))
