@@ -63,9 +63,8 @@ def check_noisy_logprobs(
     The certified ones may differ by their certificate too: ‖error of dz̃_i‖₁ ≤ tol·|c_i|, max |ε| times that
     for σ. The generator is float32, hidden states and head are of ``dtype``.
     """
-    inputs, labels, tokens = _draw(shape, dtype, rank, device)
+    inputs, labels, tokens, coefficient = _draw(shape, dtype, rank, device)
     transform = LogitTransform(0.7, 30.0, 1.3) if rank else LogitTransform()
-    coefficient = torch.randn(shape[0], device=device) * (labels != -100)
 
     wide = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
     truth, epsilon = dense(wide, labels, transform, tokens)
@@ -117,8 +116,11 @@ def dense(
 
 def _draw(
     shape: Shape, dtype: torch.dtype, rank: int | None, device: torch.device
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Rows from flat to peaked in any order, a third of them ignored; σ of about 0.5."""
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Inputs, labels, token indices, coefficients: the same in every call.
+
+    Rows go from flat to peaked in any order, a third of them ignored; σ is about 0.5.
+    """
     n, width, vocab = shape
     generator = torch.Generator(device).manual_seed(sum(shape))
 
@@ -140,7 +142,8 @@ def _draw(
     labels = torch.randint(vocab, (n,), device=device, generator=generator)
     labels[torch.rand(n, device=device, generator=generator) < 1 / 3] = -100
     tokens = torch.randint(2**62, (n,), device=device, generator=generator)
-    return {name: t.requires_grad_() for name, t in inputs.items()}, labels, tokens
+    inputs = {name: t.requires_grad_() for name, t in inputs.items()}
+    return inputs, labels, tokens, normal(n) * (labels != -100)
 
 
 def _certificate(

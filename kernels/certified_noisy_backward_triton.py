@@ -11,7 +11,8 @@ written once, those of the rows are summed over slices in float32, in place.
 
 Columns are neighbours no longer, so each draw takes a counter of its own, four where neighbours share one. The
 parts of U, where it has to be split, are made for the columns of a slice in their new order. Cost: ρ times the
-exact backward, ρ the share of (row, column) pairs in pieces. Memory as there.
+exact backward, ρ the share of (row, column) pairs in pieces. Memory as in the exact backward, and where dH is
+wanted of a generator of full rank a second float32 n·H.
 """
 
 from __future__ import annotations
@@ -97,9 +98,8 @@ def _noisy_pieces_kernel(
         )  # fmt: skip
         d = tl.where(cols[None, :] == label[:, None], 1.0, 0.0)
         d = (d - tl.exp2(noisy - row_lse[:, None])) * coefficient[:, None]
-        counts = (coefficient != 0.0)[:, None] & (cols >= 0)[
-            None, :
-        ]  # padding of either kind adds nothing
+        # Padding of either kind adds nothing.
+        counts = (coefficient != 0.0)[:, None] & (cols >= 0)[None, :]
         for current in range(first_block, last_block + 1):
             needed = block_needs(masks, ranks, sizes, current, cols, V, words)
             counts &= (block != current)[:, None] | needed[None, :]
@@ -149,7 +149,8 @@ def launch_backward(
     read = (kept, weight, x) if products > 1 else (kept, weight, x, noise.weight)
     config = tile_config("noisy pieces", target, *read)
     model_config = tile_config("matmul", target, kept, weight)
-    noise_config = tile_config("matmul", target, x, noise.weight if products == 1 else x)
+    of_u = noise.weight if products == 1 else x
+    noise_config = tile_config("matmul", target, x[:, :rank], of_u[:, :rank])
     # Whole tiles of every kernel; all are powers of two. The gradient of a sum comes with stride 0.
     sides = [max(c.rows, c.depth) for c in (model_config, noise_config)]
     t = arrange(

@@ -80,7 +80,8 @@ def make_noise(
     n: int, vocab: int, width: int, dtype: torch.dtype, layout: str, generator: str, bias: bool
 ) -> Noise:
     """A generator of zeros, with a bias or without."""
-    rank = width // 2 if generator == "low rank" else width
+    low = 5 if layout == "odd" else width // 2
+    rank = low if generator == "low rank" else width
     of_noise = dtype if generator == "full" else torch.float32
     return Noise(
         weight=matrix(vocab, rank, of_noise, layout),

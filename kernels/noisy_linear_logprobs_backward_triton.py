@@ -14,7 +14,7 @@ Shapes: hidden (N, H), weight (V, H), U (V, R), n kept rows. Within ``budget`` b
 whole tiles, and the parts of a slice of U where U has to be split. Beside it n·H of the kept rows, n·R of X,
 and the sums. Passes over memory per slice: dσ and dz written once, read once per product. They are held in the
 dtype of ``hidden``, rounded and scaled as in ``linear_logprobs_backward_triton``; |ε| < 8 is part of the bound
-that sets the scale.
+that sets the scale, which costs float16's dz three of its lowest powers of two.
 """
 
 from __future__ import annotations

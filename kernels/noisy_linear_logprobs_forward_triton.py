@@ -3,12 +3,13 @@
 As in ``linear_logprobs_forward_triton``, a program owns ROWS rows and one split of the vocabulary, and keeps
 per row only running values, written once per split and joined by the same second kernel: peak, total and the
 label's logit, in base 2. A tile has two accumulators (``noisy_logits_triton``) and goes through the noise and
-the sums a quarter at a time. With ``want_clean`` the running values of z are kept beside those of z̃.
+the sums an eighth at a time. With ``want_clean`` the running values of z are kept beside those of z̃.
 
 Shapes: hidden (N, H), weight (V, H), U (V, R), n kept rows, S splits; partial results (3 or 6, S, n) float32.
-σ, ε and logits are never written. Two products, of n×V×H and n×V×R, and a draw. Within ``budget`` bytes: the
-kept rows next to each other with their X, and the parts of a slice of U where U has to be split. Passes over
-memory: as there, with U read like weight; to split it, U is read and written once more.
+σ, ε and logits are never written. Two products, of n×V×H and n×V×R, and a draw. Within ``budget`` bytes: half
+for kept rows next to each other with their X, an eighth for partial results, the rest for the parts of a slice
+of U where U has to be split. Passes over memory: as there, with U read like weight; to split it, U is read and
+written once more.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ from .noisy_logits_triton import (
 from .philox_triton import draw_tile, key_words
 from .precision import full_precision
 from .tile_configs import GROUP_ROWS, Target, bulk_copies, tile_config, vocabulary_splits
+
+PARTIALS_SHARE = 8  # one part in so many of the budget is for partial results
+WHOLE_ROWS = 256  # rows go in parts of multiples of this, which every tile's height divides
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -134,7 +138,7 @@ def launch_forward(
     target: Target,
     budget: int,  # bytes of workspace
 ) -> NoisyForward:
-    """Run the kernels; a label outside [0, V) makes its row's log-probs NaN. Half of ``budget`` is for rows."""
+    """Run the kernels; a label outside [0, V) makes its row's log-probs NaN."""
     n = labels.numel()
     logps, lse, clean_logps = (
         torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3)
@@ -145,10 +149,11 @@ def launch_forward(
     row_bytes = width * itemsize
     if noise.projection is not None:
         row_bytes += 4 * len(noise.projection) + operand_width(hidden.dtype, noise) * itemsize
-    for part in spans(n, max(1, budget // 2 // row_bytes)):
+    most = max(1, budget // 2 // row_bytes)
+    for part in spans(n, most - most % WHOLE_ROWS if most > WHOLE_ROWS else most):
         _launch_rows(
             hidden, weight, bias, labels[part].contiguous(), rows[part], transform,
-            noise._replace(tokens=noise.tokens[part].contiguous()), target, budget // 2,
+            noise._replace(tokens=noise.tokens[part].contiguous()), target, budget - budget // 2,
             NoisyForward(*(None if x is None else x[part] for x in result)),  # type: ignore[arg-type]
         )  # fmt: skip
     return result
@@ -163,7 +168,7 @@ def _launch_rows(
     transform: LogitTransform,
     noise: Noise,
     target: Target,
-    budget: int,  # bytes for the parts of U
+    budget: int,  # bytes for partial results and the parts of U
     result: NoisyForward,  # of these n rows, written
 ) -> None:
     n, (vocab, width) = labels.numel(), weight.shape
@@ -174,11 +179,16 @@ def _launch_rows(
     # Parts are always aligned; where there are none the kernels read U itself.
     read = (kept, weight, x) if products > 1 else (kept, weight, x, noise.weight)
     config, bulk = tile_config("noisy", target, *read), bulk_copies(target, *read)
-    columns, room = plan_columns(vocab, config.cols, kept, noise, budget)
+    planes = 3 if result.clean_logps is None else 6
+    of_partials = 2 * budget // PARTIALS_SHARE  # the rows took half
+    columns, room = plan_columns(vocab, config.cols, kept, noise, budget - of_partials)
+    most_splits = max(1, of_partials // (4 * planes * n * len(columns)))
     row_blocks = triton.cdiv(n, config.rows)
     tiles = [triton.cdiv(v.stop - v.start, config.cols) for v in columns]
-    splits = [vocabulary_splits(row_blocks, count, target.processors) for count in tiles]
-    planes = 3 if result.clean_logps is None else 6
+    splits = [
+        min(vocabulary_splits(row_blocks, count, target.processors), most_splits) for count in tiles
+    ]
+    splits = [triton.cdiv(t, triton.cdiv(t, s)) for t, s in zip(tiles, splits, strict=True)]
     partials = kept.new_empty(planes, sum(splits), n, dtype=torch.float32)
     inner, outer = scale_factors(transform)
     place_of_split = 0

@@ -7,7 +7,7 @@ Shapes: X (n, R), U (V, R), s (V,), ε of ``philox_triton``; z and σ (ROWS, COL
 A product on tensor cores takes operands of one dtype, hidden's. Rounding U or X to 16 bits would cost σ up to
 2^-9 of itself, some 1e-3 nats where σ is 1, and rounding to tf32 only eight times less. So what is float32
 beside 16-bit hidden is split into two 16-bit parts, high + low, which together have an error of 2^-17 in
-bfloat16 (σ to 1e-5) and 2^-22 in float16, there for magnitudes below 65504:
+bfloat16 (σ to 1e-5) and, for magnitudes below 65504, of 2^-22 in float16, though not below 2^-25 absolute:
 
     full rank, float32 U    h·(U_high + U_low)                                       one product more
     low rank                X_high·U_high + X_high·U_low + X_low·U_high              three, of inner size R
@@ -115,7 +115,7 @@ def _parts_kernel(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
     source = tl.load(index + row, mask=row < rows, other=0).to(tl.int64) if GATHER else row
-    at = tl.maximum(source, 0) * matrix_row + col * matrix_col
+    at = tl.maximum(source, 0) * matrix_row + col.to(tl.int64) * matrix_col
     value = tl.load(matrix + at, mask=(row < rows) & (col < R), other=0.0).to(tl.float32)
     high = round_to(value, parts.dtype.element_ty)
     low = round_to(value - high.to(tl.float32), parts.dtype.element_ty)

@@ -154,7 +154,9 @@ def noisy_linear_logprobs(
             outside [0, 1).
 
     Memory beyond inputs and gradients: tiles of bounded size, 4·N·H bytes where ``hidden`` has a gradient, and
-    4·N·r with ``noise_proj`` (8·N·r in the backward).
+    4·N·r with ``noise_proj`` (8·N·r in the backward). The Triton kernels also hold the labelled rows of
+    ``hidden`` in the backward and, beside 16-bit states, 6·N·r bytes with ``noise_proj``; a certified backward
+    of full rank takes the 4·N·H twice. In float16 they need |``noise_proj`` h| and |``noise_weight``| < 65504.
     """
     check_tensors(bias=bias, hidden=hidden, weight=weight, labels=labels, noise_weight=noise_weight)
     check_backward(backward, tol)

@@ -23,6 +23,7 @@ from interpreted_noisy_linear_logprobs import (
     check_forward,
     check_gradients,
     inputs_of,
+    largest_noise_fits,
     make_problem,
     reference,
 )
@@ -108,6 +109,7 @@ def check(p: Problem, tol: float, got: Got, height: int = 64) -> None:
     [
         (FLOAT32, FLOAT32, None, CAPPED, False),
         (FLOAT32, FLOAT32, 16, PLAIN, True),
+        (FLOAT32, FLOAT32, 5, PLAIN, True),  # a generator that bulk copies cannot take
         (BFLOAT16, FLOAT32, None, SCALED, True),
         (FLOAT16, FLOAT16, 5, CAPPED, False),
     ],
@@ -121,6 +123,7 @@ def test_log_probs_and_nuclei_equal_float64(
     bulk: bool,
     monkeypatch,
 ) -> None:
+    monkeypatch.setattr(forward_launcher, "MERGE_PANELS", 2)  # several steps through the table
     p = peaked(make_problem(seed, dtype, generator, rank, transform, bulk=bulk, n=5))
     got = run(p, 2**-6, monkeypatch)
     check(p, 2**-6, got)
@@ -128,7 +131,7 @@ def test_log_probs_and_nuclei_equal_float64(
 
 
 def test_windows_chunks_and_slices_of_the_generator(seed: int, monkeypatch) -> None:
-    """Two windows, the first of two chunks, three slices; without the clean log-probs."""
+    """Two windows, the first of two chunks, and three slices."""
     p = peaked(make_problem(seed, BFLOAT16, rank=3, n=33, vocab=67))
     monkeypatch.setattr(certified_forward_triton, "block_rows", lambda device: 32)
     monkeypatch.setattr(forward_launcher, "block_rows", lambda device: 32)
@@ -137,10 +140,9 @@ def test_windows_chunks_and_slices_of_the_generator(seed: int, monkeypatch) -> N
     monkeypatch.setattr(
         forward_launcher, "plan_columns", lambda *a: (plans.append(plan(*a)), plans[-1])[1]
     )
-    got = run(p, 2**-6, monkeypatch, want_clean=False, budget=1)
+    got = run(p, 2**-6, monkeypatch, budget=1)
     assert got.windows == [32, 1]
     assert len(plans[0][0]) == 3
-    assert got.result.clean_logps is None
     check(p, 2**-6, got, 32)
 
 
@@ -222,9 +224,23 @@ def check_backward(
 def test_gradients_equal_float64(
     seed: int, dtype, generator, rank: int | None, transform: LogitTransform
 ) -> None:
-    p = make_problem(seed, dtype, generator, rank, transform, n=37)
-    p.grad[torch.rand(37) < 0.2] = 0.0
-    check_backward(p, unions(p))
+    """Four blocks, the last of which needs all columns."""
+    p = make_problem(seed, dtype, generator, rank, transform, n=53)
+    p.grad[torch.rand(53) < 0.2] = 0.0
+    needed = unions(p)
+    assert needed[3].all()
+    check_backward(p, needed)
+
+
+def test_float16_at_the_largest_noise(seed: int) -> None:
+    largest_noise_fits(
+        make_problem(seed, FLOAT16, n=3),
+        lambda p: backward(p, all_columns(p), reference(p).lse.float()),
+    )
+
+
+def all_columns(p: Problem) -> torch.Tensor:
+    return torch.ones(1, len(p.weight), dtype=torch.bool)
 
 
 def test_one_slice_and_the_generator_alone(seed: int, monkeypatch) -> None:
@@ -277,10 +293,12 @@ def test_module_is_the_backend(seed: int, monkeypatch) -> None:
     """The unions that the forward chose, and what they leave out of each row."""
     monkeypatch.setitem(nucleus.BLOCK_ROWS, "cpu", HEIGHT)
     tol = 2**-6
-    p = peaked(make_problem(seed, FLOAT32, rank=3, n=19, vocab=89))
+    p = make_problem(seed, FLOAT32, rank=3, n=19, vocab=89)
+    p = replace(p, weight=8 * p.weight)  # so peaked that no union is all of the vocabulary
     result, nuclei = certified_noisy_triton.forward(
         p.hidden, p.weight, p.bias, p.labels, p.rows, p.transform, p.noise, False, tol
     )
+    assert result.clean_logps is None
     check_forward(p, result, reference(p))
     order, vocab = nuclei.order, len(p.weight)
     noise = p.noise._replace(tokens=p.noise.tokens[order])
