@@ -121,7 +121,7 @@ def test_joint_gradients_are_those_of_the_two_losses(
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value.item(), rel=1e-9, abs=1e-9), name
     total = metrics["loss/model"] + metrics["loss/noise"]
-    assert float(out.loss) == pytest.approx(total, rel=1e-9, abs=1e-9)
+    assert out.loss.item() == pytest.approx(total, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("loss_type", ["spin", "ipo", "kto_pair"])
@@ -136,7 +136,7 @@ def test_one_joint_step_equals_the_two_players_steps(loss_type: str, seed: int) 
     assert_all_close(gradients(joint.loss, noise), gradients(generator.loss, noise))
     assert not any(g.any() for g in gradients(model.loss + 0 * joint.loss, noise))
     assert not any(g.any() for g in gradients(generator.loss + 0 * joint.loss, policy))
-    values = [float(out.loss) for out in (joint, model, generator)]
+    values = [out.loss.item() for out in (joint, model, generator)]
     assert values[0] == pytest.approx(values[1] + values[2], abs=1e-9)
     assert values[1] == joint.metrics()["loss/model"]
     assert values[2] == pytest.approx(joint.metrics()["loss/noise"], abs=1e-9)
