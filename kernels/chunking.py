@@ -89,11 +89,11 @@ def plan_certified_forward(
     dtype: torch.dtype,
     narrow: bool,
 ) -> CertifiedForwardPlan:
-    """Of sixteenths of the budget three for the masks of a window, of two at most, and a tile; one for a slice of
-    a head that is widened where it is ``narrow`` (of lower precision than ``dtype``); the rest for a chunk.
+    """Of sixteenths of the budget three for the masks of a window, of two at most, and a tile; one for a slice
+    of a head that is widened where it is ``narrow`` (of lower precision than ``dtype``); the rest for a chunk.
 
-    Windows are equal, and so are the chunks of a window and the tiles of a chunk: a short one multiplies slowly.
-    On a CPU a slice of any head is multiplied at a time, which stays in the cache.
+    Windows are equal, and so are the chunks of a window and the tiles of a chunk: a short one multiplies
+    slowly. On a CPU a slice of any head is multiplied at a time, which stays in the cache.
     """
     sixteenth = budget_bytes(device) // 16
     row = vocab * dtype.itemsize

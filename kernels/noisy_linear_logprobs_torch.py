@@ -52,7 +52,7 @@ class RunningSums:
         self.label_logit = like.new_zeros(n, dtype=dtype)
 
     def add(self, z: Tensor, labels: Tensor, r: slice, v: slice, room: Tensor) -> None:
-        """A tile z of the rows r and the vocabulary entries v; ``room`` is as large, and overwritten."""
+        """A tile z of the rows r and the vocabulary entries v; ``room``, as large or z itself, is overwritten."""
         pick_labels(z, labels[r], v, self.label_logit[r])
         peak = torch.maximum(self.peak[r], z.amax(dim=1))
         shifted = torch.sub(z, peak.unsqueeze(1), out=room).clamp_(min=LEAST_EXPONENT[z.dtype])
@@ -82,7 +82,7 @@ def forward(
     noisy = RunningSums(n, hidden, dtype)
     clean = RunningSums(n, hidden, dtype) if want_clean else None
     parts = plan_noisy_tile(n, vocab, width, hidden.device, dtype)
-    logits = Tiles(1, tile.rows * tile.cols, dtype, hidden.device)
+    whole = Tiles(2 if want_clean else 1, tile.rows * tile.cols, dtype, hidden.device)
     spare = Tiles(2, tile.rows * parts.cols, dtype, hidden.device)
     with full_precision(hidden.device):
         projected = project(hidden, rows, noise)
@@ -92,16 +92,18 @@ def forward(
             for r in spans(n, tile.rows):
                 h = row_block(hidden, gathered, r, dtype)
                 x = h if projected is None else projected[r]
-                z = logit_tile(h, w, b, transform, *logits.of(len(h), v.stop - v.start))
+                room, *copy = whole.of(len(h), v.stop - v.start)
+                z = logit_tile(h, w, b, transform, room)
+                # Whole tiles are summed, as in ``linear_logprobs``: without noise both give the same bits.
+                if clean is not None:
+                    clean.add(z, labels, r, v, *copy)
                 for c in spans(v.stop - v.start, parts.cols):
                     draw, free = spare.of(len(h), c.stop - c.start)
                     entries = slice(v.start + c.start, v.start + c.stop)
-                    if clean is not None:
-                        clean.add(z[:, c], labels, r, entries, free)
                     normal_tile(noise.seed, noise.tokens[r], entries.start, entries.stop, draw)
                     sigma = logit_tile(x, u[c], None if s is None else s[c], IDENTITY, free)
                     z[:, c].addcmul_(sigma, draw)
-                    noisy.add(z[:, c], labels, r, entries, free)
+                noisy.add(z, labels, r, v, room)
     return NoisyForward(*noisy.finish(), None if clean is None else clean.finish()[0])
 
 
