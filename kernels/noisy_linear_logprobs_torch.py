@@ -52,7 +52,7 @@ class RunningSums:
         self.label_logit = like.new_zeros(n, dtype=dtype)
 
     def add(self, z: Tensor, labels: Tensor, r: slice, v: slice, room: Tensor) -> None:
-        """A tile z of the rows r and the vocabulary entries v; ``room``, as large or z itself, is overwritten."""
+        """A tile z of rows r and vocabulary entries v; ``room``, as large or z itself, is overwritten."""
         pick_labels(z, labels[r], v, self.label_logit[r])
         peak = torch.maximum(self.peak[r], z.amax(dim=1))
         shifted = torch.sub(z, peak.unsqueeze(1), out=room).clamp_(min=LEAST_EXPONENT[z.dtype])
