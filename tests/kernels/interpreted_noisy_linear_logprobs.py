@@ -550,10 +550,12 @@ def swapped_pairs(token, first, key0, key1, ROWS: tl.constexpr, COLS: tl.constex
 
 
 def past_the_end(operand):
-    """With 32 rows or entries more, zeros, that an unmasked kernel would read."""
+    """With 32 rows of zeros or entries of 100 more, which an unmasked kernel would read as likely tokens."""
     if not isinstance(operand, torch.Tensor):
         return longer(operand)
-    more = torch.cat([operand, operand.new_zeros(32, *operand.shape[1:])])
+    more = torch.cat(
+        [operand, operand.new_full((32, *operand.shape[1:]), 100.0 * (operand.dim() == 1))]
+    )
     return more[: len(operand)]
 
 
