@@ -43,7 +43,7 @@ from .nucleus import WORD_BITS, Nuclei, block_rows, gather_blocks, words
 from .precision import accumulation_dtype, full_precision
 
 # Of the search for a row's threshold, on the logarithms of threshold and tail mass. Three looks leave the
-# nuclei 5 to 12 % larger than the smallest possible; a fourth, 2 to 10 %, costs more than it saves.
+# nuclei 5 to 12 % larger than the smallest possible; a fourth, 2 to 10 %, costs what it saves.
 STEPS = 3
 # First look: part of the way from the threshold that is always allowed to the largest probability p. Fitted
 # by −log p to states of a language model, where peaked rows want it farther, and by −log p / log V to nearly

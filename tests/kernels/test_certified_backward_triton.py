@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from host_reads import NoHostReads
 
 from benchmarks.memory import peak_extra_bytes
 from fastpo.kernels import audit, tile_configs
@@ -82,28 +82,11 @@ def test_budget_and_one_wide_sum_bound_the_memory(
     assert extra <= allowed + 30 * n + 3 * vocab * 4  # vectors of the call itself
 
 
-class _NoHostRead(TorchDispatchMode):
-    """Fails where the host would wait for a number from the device."""
-
-    WAITING = (
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "unique",
-        "repeat_interleave",
-        "equal",
-    )
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        assert not function.__name__.startswith(self.WAITING), function
-        return function(*args, **kwargs or {})
-
-
 @pytest.mark.skipif(tile_configs.INTERPRETED, reason="records launches")
 @pytest.mark.parametrize("low_memory", [False, True], ids=["", "low memory"])
 def test_nothing_is_read_from_the_device(low_memory: bool) -> None:
     launched = partial(launch, 1000, 700, 32, torch.bfloat16, 2**18, low_memory)
-    with _NoHostRead():
+    with NoHostReads():
         launches = audit.record("sm_90", [AuditCase("", True, launched)])
         assert len(launches) > 5
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
