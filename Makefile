@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench bench-suites audit clean
+.PHONY: help setup demo test test-all fuzz lint bench bench-suites audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -29,6 +29,9 @@ test: $(INSTALLED) ## the gate: every test that is neither slow nor a benchmark
 
 test-all: $(INSTALLED) ## the gate and the slow tests: full compile audit, kill tests, README commands
 	$(PYTEST) -n 2 -m 'not bench'
+
+fuzz: $(INSTALLED) ## the tests that draw their inputs, with fresh seeds; a failure names the seed that repeats it
+	FASTPO_SEED=random $(PYTEST) -n 2 -m 'not slow and not bench' tests/ops tests/kernels tests/losses tests/margins tests/noise tests/head tests/trainer
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

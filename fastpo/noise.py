@@ -24,6 +24,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from fastpo.atomic_write import write_atomically
 from fastpo.kernels.chunking import budget_bytes, plan_tile, spans
 from fastpo.kernels.precision import accumulation_dtype, full_precision
+from fastpo.kernels.products_torch import add_product, multiply
 from fastpo.ops.noisy_linear_logprobs import noisy_linear_logprobs
 
 
@@ -180,9 +181,9 @@ class NoiseGenerator(nn.Module):
             for span in spans(rows.shape[0], tile.rows):
                 inner = rows[span].to(dtype)
                 if self.proj is not None:
-                    inner = inner @ self.proj.to(dtype).t()
+                    inner = multiply(inner, self.proj.to(dtype))
                 for cols in spans(vocab, tile.cols):
-                    sigma = inner @ self.weight[cols].to(dtype).t()
+                    sigma = multiply(inner, self.weight[cols].to(dtype))
                     sigma += self.bias[cols]
                     largest = torch.maximum(largest, sigma.abs_().max())
         return largest
@@ -290,7 +291,7 @@ def _moments(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     with full_precision(rows.device):
         for span in spans(count, step):
             centred = (rows[span] - mean).to(dtype)
-            covariance.addmm_(centred.t(), centred)
+            add_product(covariance, centred.t(), centred)
     return mean.to(dtype), covariance.div_(count)
 
 
@@ -313,7 +314,7 @@ class _MeanSquare(torch.autograd.Function):
             total = torch.zeros((), dtype=torch.float64, device=weight.device)
             largest = torch.zeros((), dtype=mean.dtype, device=weight.device)
             for span, part in _slices(weight, mean.dtype):
-                squares = (part @ inner_covariance).mul_(part).sum(1)
+                squares = multiply(part, inner_covariance).mul_(part).sum(1)  # it is symmetric
                 offset = torch.addmv(bias[span].to(mean.dtype), part, inner_mean)
                 squares += offset.square_()
                 total += squares.sum(dtype=torch.float64)
@@ -334,11 +335,11 @@ class _MeanSquare(torch.autograd.Function):
             gram = torch.zeros_like(inner_covariance)
             for span, part in _slices(weight, mean.dtype):
                 offset = torch.addmv(bias[span].to(mean.dtype), part, inner_mean)
-                product = (part @ inner_covariance).addr_(offset, inner_mean)
+                product = multiply(part, inner_covariance).addr_(offset, inner_mean)
                 d_weight[span] = product.mul_(scale)
                 d_bias[span] = offset * scale
                 if proj is not None:
-                    gram.addmm_(part.t(), part)
+                    add_product(gram, part.t(), part)
                     d_mean.addmv_(part.t(), offset)
             d_proj = None
             if proj is not None:

@@ -41,6 +41,7 @@ from .linear_logprobs_torch import (
 from .logit_transform import LogitTransform
 from .nucleus import WORD_BITS, Nuclei, block_rows, gather_blocks, words
 from .precision import accumulation_dtype, full_precision
+from .products_torch import multiply
 
 # Of the search for a row's threshold, on the logarithms of threshold and tail mass. Three looks leave the
 # nuclei 5 to 12 % larger than the smallest possible; a fourth, 2 to 10 %, costs what it saves.
@@ -140,7 +141,7 @@ def _fill_logits(
 ) -> None:
     """z (R, V) of the rows h (R, H), so many columns at a time; a head in low precision is widened."""
     for v in spans(weight.shape[0], cols):
-        torch.mm(h, weight[v].to(z.dtype).t(), out=z[:, v])
+        multiply(h, weight[v].to(z.dtype), out=z[:, v])
     if bias is not None:
         z += bias.to(z.dtype)
     transform.apply_(z)

@@ -17,6 +17,7 @@ CUDA_BUDGET_BYTES = 512 * MIB
 CPU_BUDGET_BYTES = 80 * MIB
 # Several element-wise passes stream over a tile: on a CPU it pays to keep it near the last-level cache.
 CPU_TILE_BYTES = 8 * MIB
+CPU_PRODUCT_BYTES = 4 * MIB  # of a product that is made beside where it goes (``products_torch``)
 ALIGNMENT = 64
 MAX_GROUP_ROWS = 4096  # of the certified backward: beyond it, products no longer gain
 
@@ -89,8 +90,9 @@ def plan_certified_forward(
     dtype: torch.dtype,
     narrow: bool,
 ) -> CertifiedForwardPlan:
-    """Of sixteenths of the budget three for the masks of a window, of two at most, and a tile; one for a slice
-    of a head that is widened where it is ``narrow`` (of lower precision than ``dtype``); the rest for a chunk.
+    """Of sixteenths of the budget three for the masks of a window, of two at most, and a tile; one for a
+    product before it is part of a chunk; one for a slice of a head that is widened where it is ``narrow`` (of
+    lower precision than ``dtype``); the rest for a chunk.
 
     Windows are equal, and so are the chunks of a window and the tiles of a chunk: a short one multiplies
     slowly. On a CPU a slice of any head is multiplied at a time, which stays in the cache.
@@ -100,7 +102,7 @@ def plan_certified_forward(
     window = max(1, 2 * sixteenth // (-(-vocab // 32) * 4 * height)) * height
     window = -(-n // max(1, -(-n // window)))
     window = max(1, min(n, -(-window // height) * height))
-    chunk = max(1, (12 if narrow else 13) * sixteenth // (row + width * dtype.itemsize))
+    chunk = max(1, (11 if narrow else 12) * sixteenth // (row + width * dtype.itemsize))
     chunk = max(1, -(-window // max(1, -(-window // chunk))))
     masks = -(-vocab // 32) * 4 * window
     tile = max(1, min(chunk, max(sixteenth, 3 * sixteenth - masks) // row))
@@ -120,8 +122,8 @@ def plan_certified_backward(
     tiles: int = 1,
 ) -> CertifiedPlan:
     """Of eighths of the budget one each for a group's rows of H and for their dH, half of one each for gathered
-    rows of W, for the same widened, for those of dW, for ``tiles`` tiles of the size of the logits and for the
-    group's unions at a byte per column, three for a slice of dW.
+    rows of W, for the same widened, for those of dW, for ``tiles`` tiles of the size of the logits, for a
+    product beside where it goes and for the group's unions at a byte per column, three for a slice of dW.
     """
     eighth = budget_bytes(device) // 8
     rows = max(1, eighth // (width * dtype.itemsize))

@@ -19,6 +19,7 @@ from torch import Tensor
 from .chunking import plan_tile, spans
 from .logit_transform import IDENTITY, LogitTransform
 from .precision import accumulation_dtype, full_precision
+from .products_torch import add_product, multiply
 
 # Exponents are cut off here: exp(−50) ≈ 2e-22 vanishes in a float32 sum of a million terms beside exp(0), while
 # smaller results, and their products with coefficients, would be subnormal numbers, which a CPU computes with
@@ -268,9 +269,9 @@ def add_products(
 ) -> None:
     """dh += dz·w, dw += dzᵀ·h and db += Σ_rows dz, of those that are wanted."""
     if dh is not None:
-        dh.addmm_(dz, w)
+        add_product(dh, dz, w)
     if dw is not None:
-        dw.addmm_(dz.t(), h)
+        add_product(dw, dz.t(), h)
     if db is not None:
         db += dz.sum(dim=0)
 
@@ -278,8 +279,7 @@ def add_products(
 def logit_tile(
     h: Tensor, w: Tensor, b: Tensor | None, transform: LogitTransform, out: Tensor | None = None
 ) -> Tensor:
-    raw = torch.mm(h, w.t(), out=out) if b is None else torch.addmm(b, h, w.t(), out=out)
-    return transform.apply_(raw)
+    return transform.apply_(multiply(h, w, b, out))
 
 
 def vocabulary_slice(

@@ -22,6 +22,7 @@ from .linear_logprobs_torch import add_products, logit_tile, softmax_gradient_, 
 from .logit_transform import IDENTITY, LogitTransform
 from .noise import Needed, Noise, NoisyGradients
 from .precision import accumulation_dtype
+from .products_torch import add_product, multiply
 
 GATHERED_ROWS = 512  # widened at a time
 OF_VOCABULARY = ("weight", "bias", "noise_weight", "noise_bias")
@@ -157,9 +158,9 @@ class GradientSums:
             wide = torch.zeros_like(a) if self.needed.noise_projection else None
             for r, h in row_blocks(self.hidden, self.rows, self.dtype):
                 if wide is not None:
-                    wide.addmm_(self.dx[r].t(), h)
+                    add_product(wide, self.dx[r].t(), h)
                 if self.dh is not None:
-                    self.dh[r].addmm_(self.dx[r], a)
+                    add_product(self.dh[r], self.dx[r], a)
             d_projection = None if wide is None else wide.to(self.noise.projection.dtype)
         d_hidden = None
         if self.dh is not None:
@@ -178,10 +179,10 @@ def project(hidden: Tensor, rows: Tensor, noise: Noise) -> Tensor | None:
     if noise.projection is None:
         return None
     dtype = accumulation_dtype(hidden.dtype)
-    a = noise.projection.to(dtype).t()
-    x = hidden.new_empty((rows.numel(), a.shape[1]), dtype=dtype)
+    a = noise.projection.to(dtype)
+    x = hidden.new_empty((rows.numel(), a.shape[0]), dtype=dtype)
     for r, h in row_blocks(hidden, rows, dtype):
-        torch.mm(h, a, out=x[r])
+        multiply(h, a, out=x[r])
     return x
 
 

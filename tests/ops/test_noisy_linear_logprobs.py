@@ -1,4 +1,7 @@
-"""Noisy log-probs and all their gradients against dense float64 with the same ε; what the noise depends on."""
+"""Noisy log-probs and their exact gradients against dense float64 with the same ε; what the noise depends on.
+
+The certified gradients are in test_certified_noise.py.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,8 @@ def test_matches_dense_float64(
 ) -> None:
     inputs, labels, coefficient = draw(rank=rank, dtype=dtype)
     tokens = torch.randint(2**40, labels.shape)
-    logps, clean = run(inputs, labels, token_index=tokens, return_clean=True, **transform._asdict())
+    options = {"token_index": tokens, "return_clean": True, **transform._asdict()}
+    logps, clean = run(inputs, labels, backward="exact", **options)
     truth = oracle(inputs, labels, transform, tokens)
     if dtype == torch.float32:  # whose rounding grows with the logits
         peak = float(noisy_logits(inputs, transform, tokens).detach().abs().max())
@@ -78,7 +82,7 @@ def test_generator_in_float32_beside_a_model_in_bfloat16(seed: int) -> None:
     inputs, labels, coefficient = draw(rank=2, dtype=torch.bfloat16)
     for name in ("noise_weight", "noise_bias", "noise_proj"):
         inputs[name] = torch.randn_like(inputs[name], dtype=torch.float32).requires_grad_()
-    logps = run(inputs, labels)
+    logps = run(inputs, labels, backward="exact")
     truth = oracle(inputs, labels, PLAIN, torch.arange(len(labels)))
     got = torch.autograd.grad(logps @ coefficient, list(inputs.values()))
     expected = torch.autograd.grad(truth @ coefficient.double(), list(inputs.values()))
