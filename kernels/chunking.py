@@ -17,7 +17,8 @@ CUDA_BUDGET_BYTES = 512 * MIB
 CPU_BUDGET_BYTES = 80 * MIB
 # Several element-wise passes stream over a tile: on a CPU it pays to keep it near the last-level cache.
 CPU_TILE_BYTES = 8 * MIB
-CPU_PRODUCT_BYTES = 4 * MIB  # of a product that is made beside where it goes (``products_torch``)
+# Of a product that is made beside where it goes, a quarter more with its terms (``products_torch``).
+CPU_PRODUCT_BYTES = 4 * MIB
 ALIGNMENT = 64
 MAX_GROUP_ROWS = 4096  # of the certified backward: beyond it, products no longer gain
 
