@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import warnings
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if rest and arguments.command != "train":
+    if rest and arguments.command not in _CONFIGURED:
         parser.error(f"unexpected arguments: {' '.join(rest)}")
     try:
         with warnings.catch_warnings():
@@ -76,6 +77,25 @@ def _one_line(error: Exception | Warning) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+_LAUNCH = "On several devices: accelerate launch -m fastpo.cli {} --config FILE.yaml ...\n"
+# Commands whose settings are a dataclass, from a YAML file and the command line: command → its class and its
+# function, both as module:name, what it does in a line, and what its help says further.
+_CONFIGURED = {
+    "train": (
+        "fastpo.trainer:PreferenceConfig",
+        "fastpo.trainer:train",
+        "train a checkpoint on preference pairs",
+        _LAUNCH.format("train"),
+    ),
+    "sft": (
+        "fastpo.trainer:SFTConfig",
+        "fastpo.trainer:fine_tune",
+        "fine-tune a checkpoint on examples of good answers",
+        _LAUNCH.format("sft"),
+    ),
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastpo",
@@ -85,12 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastpo {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    train = commands.add_parser(
-        "train", help="train a checkpoint on preference pairs", add_help=False, allow_abbrev=False
-    )
-    train.add_argument("-h", "--help", action="store_true")
-    train.add_argument("--config", metavar="FILE.yaml")
-    train.set_defaults(run=_train)
+    for name, (_, _, help_line, *_) in _CONFIGURED.items():
+        configured = commands.add_parser(name, help=help_line, add_help=False, allow_abbrev=False)
+        configured.add_argument("-h", "--help", action="store_true")
+        configured.add_argument("--config", metavar="FILE.yaml")
+        configured.set_defaults(run=_run_configured)
 
     demo = commands.add_parser(
         "demo",
@@ -202,17 +221,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+def _run_configured(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from fastpo.cli.configuration import help_text, load_config
 
+    command = arguments.command
+    class_name, function, help_line, further = _CONFIGURED[command]
+    config_class = _imported(class_name)
     if arguments.help:
-        print(help_text())
+        about = f"{help_line[0].upper()}{help_line[1:]}."
+        print(help_text(config_class, command, about, further))
         return 0
-    config = load_config(arguments.config, overrides)
-    from fastpo.trainer import train
-
-    train(config)
+    _imported(function)(load_config(config_class, arguments.config, overrides, command))
     return 0
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _demo(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -1,60 +1,69 @@
-"""YAML file and command line → ``PreferenceConfig``; a mistake is a ValueError that names the field.
+"""YAML file and command line → a dataclass of settings; a mistake is a ValueError that names the field.
 
 Both go through the same parser, transformers' ``HfArgumentParser``: values of the YAML file first, then the
-command line over them. Relative paths are relative to the current directory, wherever the file is.
+command line over them. A field that holds a mapping takes JSON, or single entries as ``--field.entry value``.
+Relative paths are relative to the current directory, wherever the file is.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
-import functools
+import inspect
 import json
 import textwrap
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from transformers import HfArgumentParser
-
-from fastpo.trainer import PreferenceConfig
+from transformers import HfArgumentParser, TrainingArguments
 
 LIKELY_TYPO = 0.65  # similarity from which a field is taken to be the one that was meant
 
+Config = TypeVar("Config")
+
 _HEADER = """\
-usage: fastpo train --config FILE.yaml [--FIELD VALUE ...]
+usage: fastpo {command} --config FILE.yaml [--FIELD VALUE ...]
 
-Train a checkpoint on preference pairs. Every field below may stand in the YAML file and on the
+{about} Every field below may stand in the YAML file and on the
 command line, which wins; null unsets a field. Relative paths are relative to the current directory.
-On several devices: accelerate launch -m fastpo.cli train --config FILE.yaml ...
-
+{further}
   --config FILE.yaml  settings, one `field: value` per line
 
 fields:"""
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> PreferenceConfig:
-    """The settings of a run.
+def load_config(
+    config_class: type[Config],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    command: str = "train",
+) -> Config:
+    """The settings of a command.
 
     Args:
+        config_class: the dataclass of its settings.
         path: YAML file, a flat mapping of fields; None: the command line says it all.
         overrides: ``["--field", "value", …]``, stronger than the file; ``null`` unsets a field.
+        command: whose ``--help`` an error names.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a YAML mapping; an unknown field (one of a like name is told); a value of the wrong
             type or out of range.
     """
-    parser = _field_parser()
+    reader = _Reader(config_class, command)
     settings = argparse.Namespace()
     if path is not None:
-        _take_values(parser, _read_yaml(Path(path)), settings, str(path))
-    _take_arguments(parser, _take_nulls(overrides, settings), settings, "command line")
+        reader.take_values(_read_yaml(Path(path)), settings, str(path))
+    rest = reader.take_entries(overrides, settings)
+    reader.take_arguments(reader.take_nulls(rest, settings), settings, "command line")
     try:
-        return PreferenceConfig(**vars(settings))
+        return config_class(**vars(settings))
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(str(error)) from error
 
@@ -86,87 +95,120 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _field_parser() -> HfArgumentParser:
-    """Every field as an option without a default, so that parsing sets what was given and nothing else."""
-    parser = HfArgumentParser(
-        PreferenceConfig, add_help=False, allow_abbrev=False, exit_on_error=False
-    )
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return parser
+class _Reader:
+    """Puts values into a namespace that holds what was given and nothing else."""
+
+    def __init__(self, config_class: type, command: str) -> None:
+        self.command = command
+        self.names = [f.name for f in dataclasses.fields(config_class) if f.init]
+        self.hints = typing.get_type_hints(config_class)
+        self.parser = HfArgumentParser(
+            config_class, add_help=False, allow_abbrev=False, exit_on_error=False
+        )
+        for (
+            action
+        ) in self.parser._actions:  # without a default, so that parsing sets what was given
+            action.default, action.required = argparse.SUPPRESS, False
+
+    def take_values(self, values: dict[str, Any], settings: argparse.Namespace, where: str) -> None:
+        """YAML values. Scalars are parsed as text: PyYAML takes 1e-6 for a string."""
+        choices = {action.dest: action.choices or () for action in self.parser._actions}
+        scalars = []
+        for name, value in values.items():
+            if name not in self.names:
+                raise ValueError(f"{where}: {self._unknown(str(name))}")
+            if value is None or isinstance(value, dict | list):
+                if not _allows(self.hints[name], type(value)):
+                    raise ValueError(
+                        f"{where}: {name}: got {_kind(value)}, expected {_type_name(self.hints[name])}"
+                    )
+                setattr(settings, name, value)
+            else:
+                # PyYAML takes an unquoted no, as in save_strategy: no, for false.
+                text = "no" if value is False and "no" in choices[name] else value
+                scalars.append(f"--{name}={text}")
+        self.take_arguments(scalars, settings, where)
+
+    def take_entries(self, arguments: Sequence[str], settings: argparse.Namespace) -> list[str]:
+        """``--field.entry value`` of fields that hold a mapping; returns the other arguments."""
+        others: list[str] = []
+        rest = iter(arguments)
+        for argument in rest:
+            name, equals, text = argument.removeprefix("--").partition("=")
+            field, *entries = name.replace("-", "_").split(".")
+            is_entry = argument.startswith("--") and entries and field in self.names
+            if not is_entry or not _allows(self.hints[field], dict):
+                others.append(argument)
+                continue
+            if not equals:
+                text = next(rest, "")
+                if not text:
+                    raise ValueError(f"command line: {name}: expected a value")
+            mapping = copy.deepcopy(getattr(settings, field, None))
+            mapping = mapping if isinstance(mapping, dict) else {}
+            setattr(settings, field, mapping)
+            for entry in entries[:-1]:
+                inner = mapping.get(entry)
+                mapping[entry] = mapping = inner if isinstance(inner, dict) else {}
+            mapping[entries[-1]] = _scalar(text)
+        return others
+
+    def take_nulls(self, arguments: Sequence[str], settings: argparse.Namespace) -> list[str]:
+        """Unset every field that may be None and is given as ``null``; return the other arguments."""
+        others: list[str] = []
+        for argument in arguments:
+            if argument == "null" and others:
+                argument = f"{others.pop()}=null"
+            name = argument.removeprefix("--").removesuffix("=null").replace("-", "_")
+            may_be_none = name in self.names and _allows(self.hints[name], type(None))
+            if argument.endswith("=null") and may_be_none:
+                setattr(settings, name, None)
+            else:
+                others.append(argument)
+        return others
+
+    def take_arguments(
+        self, arguments: Sequence[str], settings: argparse.Namespace, where: str
+    ) -> None:
+        try:
+            _, unknown = self.parser.parse_known_args(list(arguments), settings)
+        except argparse.ArgumentError as error:
+            field = (error.argument_name or "").split("/")[0].lstrip("-")
+            raise ValueError(f"{where}: {field}: {error.message}") from error
+        for name, value in vars(settings).items():
+            holds_json = isinstance(value, str) and value.startswith("{")
+            if holds_json and _allows(self.hints[name], dict):
+                try:
+                    setattr(settings, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{where}: {name}: not JSON: {error}") from error
+        if unknown and unknown[0].startswith("--"):
+            name = unknown[0][2:].split("=")[0].replace("-", "_")
+            raise ValueError(f"{where}: {self._unknown(name)}")
+        if unknown:
+            raise ValueError(
+                f"{where}: unexpected argument {unknown[0]!r}; fields are --FIELD VALUE"
+            )
+
+    def _unknown(self, name: str) -> str:
+        (nearest,) = difflib.get_close_matches(name, self.names, n=1, cutoff=0.0)
+        if difflib.SequenceMatcher(None, nearest, name).ratio() < LIKELY_TYPO:
+            return (
+                f"unknown field {name!r}, the nearest known one is {nearest!r} "
+                f"(all: fastpo {self.command} --help)"
+            )
+        return f"unknown field {name!r}, did you mean {nearest!r}?"
 
 
-def _take_values(
-    parser: HfArgumentParser, values: dict[str, Any], settings: argparse.Namespace, where: str
-) -> None:
-    """Put YAML values into `settings`. Scalars are parsed as text: PyYAML takes 1e-6 for a string."""
-    choices = {action.dest: action.choices or () for action in parser._actions}
-    scalars = []
-    for name, value in values.items():
-        if name not in _field_names():
-            raise ValueError(f"{where}: {_unknown(str(name))}")
-        if value is None or isinstance(value, dict | list):
-            if not _allows(_hints()[name], type(value)):
-                raise ValueError(
-                    f"{where}: {name}: got {_kind(value)}, expected {_type_name(_hints()[name])}"
-                )
-            setattr(settings, name, value)
-        else:
-            # PyYAML takes an unquoted no, as in save_strategy: no, for false.
-            text = "no" if value is False and "no" in choices[name] else value
-            scalars.append(f"--{name}={text}")
-    _take_arguments(parser, scalars, settings, where)
-
-
-def _take_nulls(arguments: Sequence[str], settings: argparse.Namespace) -> list[str]:
-    """Unset every field that may be None and is given as ``null``; return the other arguments."""
-    others: list[str] = []
-    for argument in arguments:
-        if argument == "null" and others:
-            argument = f"{others.pop()}=null"
-        name = argument.removeprefix("--").removesuffix("=null").replace("-", "_")
-        may_be_none = name in _field_names() and _allows(_hints()[name], type(None))
-        if argument.endswith("=null") and may_be_none:
-            setattr(settings, name, None)
-        else:
-            others.append(argument)
-    return others
-
-
-def _take_arguments(
-    parser: HfArgumentParser, arguments: Sequence[str], settings: argparse.Namespace, where: str
-) -> None:
-    try:
-        _, unknown = parser.parse_known_args(list(arguments), settings)
-    except argparse.ArgumentError as error:
-        field = (error.argument_name or "").split("/")[0].lstrip("-")
-        raise ValueError(f"{where}: {field}: {error.message}") from error
-    for name, value in vars(settings).items():
-        if isinstance(value, str) and value.startswith("{") and _allows(_hints()[name], dict):
-            try:
-                setattr(settings, name, json.loads(value))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: {name}: not JSON: {error}") from error
-    if unknown and unknown[0].startswith("--"):
-        raise ValueError(f"{where}: {_unknown(unknown[0][2:].split('=')[0].replace('-', '_'))}")
-    if unknown:
-        raise ValueError(f"{where}: unexpected argument {unknown[0]!r}; fields are --FIELD VALUE")
-
-
-def _field_names() -> list[str]:
-    return [f.name for f in dataclasses.fields(PreferenceConfig) if f.init]
-
-
-@functools.cache
-def _hints() -> dict[str, Any]:
-    return typing.get_type_hints(PreferenceConfig)
-
-
-def _unknown(name: str) -> str:
-    (nearest,) = difflib.get_close_matches(name, _field_names(), n=1, cutoff=0.0)
-    if difflib.SequenceMatcher(None, nearest, name).ratio() < LIKELY_TYPO:
-        return f"unknown field {name!r}, the nearest known one is {nearest!r} (all: fastpo train --help)"
-    return f"unknown field {name!r}, did you mean {nearest!r}?"
+def _scalar(text: str) -> Any:
+    """A value as YAML has it, with 1e-6 a number."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
 
 
 def _allows(hint: Any, kind: type) -> bool:
@@ -184,14 +226,17 @@ def _kind(value: Any) -> str:
     return {"dict": "a mapping", "list": "a list"}.get(type(value).__name__, repr(value))
 
 
-def help_text() -> str:
+def help_text(config_class: type, command: str, about: str, further: str = "") -> str:
     """Usage, fastpo's own fields with default and meaning, and the names of TrainingArguments' fields."""
     own, inherited = [], []
-    for f in dataclasses.fields(PreferenceConfig):
-        if f.name in PreferenceConfig.__annotations__:
+    is_run = issubclass(config_class, TrainingArguments)
+    ours = [c for c in config_class.__mro__ if c.__module__.startswith("fastpo.")]
+    redefined = {name for c in ours for name in inspect.get_annotations(c)}
+    for f in dataclasses.fields(config_class):
+        if f.name in redefined or not is_run:
             own.append(
                 textwrap.fill(
-                    f"{f.metadata['help']} [{f.default}]",
+                    f"{f.metadata['help']} [{_default_text(f)}]",
                     width=100,
                     initial_indent=f"  {f.name:<28} ",
                     subsequent_indent=" " * 31,
@@ -199,7 +244,16 @@ def help_text() -> str:
             )
         elif f.init:
             inherited.append(f.name)
+    header = _HEADER.format(command=command, about=about, further=further)
+    if not is_run:
+        return "\n".join([header, *own])
     rest = textwrap.fill(
         ", ".join(inherited), width=100, initial_indent="  ", subsequent_indent="  "
     )
-    return "\n".join([_HEADER, *own, "\nfields of transformers.TrainingArguments:", rest])
+    return "\n".join([header, *own, "\nfields of transformers.TrainingArguments:", rest])
+
+
+def _default_text(f: dataclasses.Field[Any]) -> Any:
+    if f.default is not dataclasses.MISSING:
+        return f.default
+    return "required" if f.default_factory is dataclasses.MISSING else f.default_factory()

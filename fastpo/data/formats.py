@@ -1,17 +1,29 @@
-"""One row of a preference data set, in any of TRL's formats → one form: a plain or a conversational pair.
+"""One row of a data set, in any of TRL's formats → one form: a plain or a conversational row.
+
+Preference pairs, two answers (chosen, rejected):
 
 =================  ==============================================  =========================================
 format             columns                                         becomes
 =================  ==============================================  =========================================
-plain, explicit    ``prompt``, ``chosen``, ``rejected``: str       :class:`PlainPair`
-plain, implicit    ``chosen``, ``rejected``: str                   :class:`PlainPair` with ``prompt=None``
-chat, explicit     ``prompt``, ``chosen``, ``rejected``: messages  :class:`ChatPair`
-chat, implicit     ``chosen``, ``rejected``: messages              :class:`ChatPair`, prompt = common messages
-UltraFeedback      ``prompt`` str; ``chosen``, ``rejected``:       :class:`ChatPair`, prompt = common messages
+plain, explicit    ``prompt``, ``chosen``, ``rejected``: str       :class:`PlainRow`
+plain, implicit    ``chosen``, ``rejected``: str                   :class:`PlainRow` with ``prompt=None``
+chat, explicit     ``prompt``, ``chosen``, ``rejected``: messages  :class:`ChatRow`
+chat, implicit     ``chosen``, ``rejected``: messages              :class:`ChatRow`, prompt = common messages
+UltraFeedback      ``prompt`` str; ``chosen``, ``rejected``:       :class:`ChatRow`, prompt = common messages
                    messages, the user's turn included
 =================  ==============================================  =========================================
 
-A message is ``{"role": str, "content": str, …}``. Columns that are not in :data:`COLUMNS` are ignored.
+Examples for supervised fine-tuning, one answer (the completion):
+
+=================  ==============================================  =========================================
+plain              ``prompt``, ``completion``: str                 :class:`PlainRow`
+chat               ``prompt``: str or messages; ``completion``:    :class:`ChatRow`
+                   messages
+conversation       ``messages``                                    :class:`ChatRow`, completion = last message
+=================  ==============================================  =========================================
+
+A message is ``{"role": str, "content": str, …}``. Columns that are not in :data:`COLUMNS` or
+:data:`EXAMPLE_COLUMNS` are ignored.
 """
 
 from __future__ import annotations
@@ -22,6 +34,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+EXAMPLE_COLUMNS = ("prompt", "completion", "messages", "tools", "chat_template_kwargs")
 
 Message = dict[str, Any]
 
@@ -30,7 +43,7 @@ _SAID = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_con
 
 
 class UnusableRow(Exception):
-    """A well-formed row that holds no preference to learn from; ``reason`` is a key of the data report."""
+    """A well-formed row that holds nothing to learn from; ``reason`` is a key of the data report."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -38,17 +51,15 @@ class UnusableRow(Exception):
 
 
 @dataclass(frozen=True)
-class PlainPair:
-    prompt: str | None  # None: what chosen and rejected have in common
-    chosen: str
-    rejected: str
+class PlainRow:
+    prompt: str | None  # None: what the answers have in common
+    answers: list[str]  # chosen and rejected, or the completion
 
 
 @dataclass(frozen=True)
-class ChatPair:
+class ChatRow:
     prompt: list[Message]  # not empty
-    chosen: list[Message]  # starts with an assistant's message, as does rejected
-    rejected: list[Message]
+    answers: list[list[Message]]  # each starts with an assistant's message
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -60,8 +71,16 @@ def check_columns(names: list[str], where: str) -> None:
             raise ValueError(f"{where}: no column {name!r}, the columns are {names}")
 
 
-def parse_row(row: Mapping[str, Any], where: str) -> PlainPair | ChatPair:
-    """The pair that a row holds.
+def check_example_columns(names: list[str], where: str) -> None:
+    """Raises ValueError where there is neither ``messages`` nor ``prompt`` with ``completion``."""
+    if "messages" not in names and not {"prompt", "completion"} <= set(names):
+        raise ValueError(
+            f"{where}: expected a column 'messages', or 'prompt' and 'completion', the columns are {names}"
+        )
+
+
+def parse_pair(row: Mapping[str, Any], where: str) -> PlainRow | ChatRow:
+    """The preference pair that a row holds.
 
     Args:
         row: column → value.
@@ -76,21 +95,47 @@ def parse_row(row: Mapping[str, Any], where: str) -> PlainPair | ChatPair:
         return _plain_pair(prompt, chosen, rejected)
     if _said(chosen) == _said(rejected):
         raise UnusableRow("equal_answers")
-    prompt, chosen, rejected = _split_conversation(prompt, chosen, rejected)
-    for answer in (chosen, rejected):
+    prompt, *answers = _split_conversation(prompt, chosen, rejected)
+    return _chat_row(prompt, answers, row, where)
+
+
+def parse_example(row: Mapping[str, Any], where: str) -> PlainRow | ChatRow:
+    """The example for supervised fine-tuning that a row holds.
+
+    Args:
+        row: column → value.
+        where: names the row in errors.
+
+    Raises:
+        ValueError: a column is missing, null or of the wrong type.
+        UnusableRow: no prompt, or an empty completion.
+    """
+    prompt, completion = read_example_columns(row, where)
+    if isinstance(completion, str):
+        if not completion.strip():
+            raise UnusableRow("empty_answer")
+        return PlainRow(prompt, [completion])
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return _chat_row(prompt, [completion], row, where)
+
+
+def _chat_row(
+    prompt: list[Message], answers: list[list[Message]], row: Mapping[str, Any], where: str
+) -> ChatRow:
+    for answer in answers:
         if all(not m["content"].strip() and not m.get("tool_calls") for m in answer):
             raise UnusableRow("empty_answer")
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
-        raise UnusableRow("no_common_prompt")
+        if answer[0]["role"] != "assistant":
+            raise UnusableRow("no_common_prompt")
     if not prompt:
         raise UnusableRow("no_prompt")
     tools = row.get("tools")
     if isinstance(tools, str):
         tools = _parse_json(tools, "tools", where)
-    return ChatPair(
+    return ChatRow(
         prompt,
-        chosen,
-        rejected,
+        answers,
         [_without_nulls(tool) for tool in tools] if tools else None,
         _without_nulls(row.get("chat_template_kwargs") or {}),
     )
@@ -124,6 +169,34 @@ def read_columns(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
     return prompt, chosen, rejected
 
 
+def read_example_columns(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
+    """Prompt and completion: strings, or lists of messages in their normal form.
+
+    Of ``messages`` the last one is the completion. A conversational completion may have a string as its prompt.
+
+    Raises:
+        ValueError: a column is missing, null or of the wrong type; ``messages`` that do not end with an
+            assistant's.
+    """
+    if row.get("messages") is not None:
+        messages = _text_or_messages(row["messages"], "messages", where)
+        if not isinstance(messages, list):
+            raise ValueError(f"{where}: messages must be a list of messages, got a string")
+        if not messages or messages[-1]["role"] != "assistant":
+            raise ValueError(f"{where}: messages must end with an assistant's message")
+        return messages[:-1], messages[-1:]
+    for name in ("prompt", "completion"):
+        if row.get(name) is None:
+            present = ", ".join(repr(key) for key, value in row.items() if value is not None)
+            raise ValueError(f"{where}: no {name!r} (the row has {present or 'nothing'})")
+    prompt, completion = (
+        _text_or_messages(row[name], name, where) for name in ("prompt", "completion")
+    )
+    if isinstance(prompt, list) and isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    return prompt, completion
+
+
 def _said(messages: list[Message]) -> list[list[Any]]:
     return [[message.get(name) for name in _SAID] for message in messages]
 
@@ -132,12 +205,12 @@ def _kind(value: str | list[Message] | None) -> str:
     return "a string" if isinstance(value, str) else "a list of messages"
 
 
-def _plain_pair(prompt: str | None, chosen: str, rejected: str) -> PlainPair:
+def _plain_pair(prompt: str | None, chosen: str, rejected: str) -> PlainRow:
     if chosen == rejected:
         raise UnusableRow("equal_answers")
     if not chosen.strip() or not rejected.strip():
         raise UnusableRow("empty_answer")
-    return PlainPair(prompt, chosen, rejected)
+    return PlainRow(prompt, [chosen, rejected])
 
 
 def _split_conversation(

@@ -1,24 +1,50 @@
-"""Preference rows from a file, a directory or the Hub, as a `datasets.Dataset`; bad input is named exactly."""
+"""Rows from a file, a directory or the Hub, as a `datasets.Dataset`; bad input is named exactly."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from fastpo.data.formats import COLUMNS, Message, check_columns, read_columns
+from fastpo.data.formats import (
+    COLUMNS,
+    EXAMPLE_COLUMNS,
+    Message,
+    check_columns,
+    check_example_columns,
+    read_columns,
+    read_example_columns,
+)
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _SUFFIXES = (*_JSON, ".parquet")
 _SPLIT_FILE = re.compile(r"((train|test|validation|valid|val|eval|dev)(_[A-Za-z0-9_]+)?)(?=[-.]|$)")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+class _Kind(NamedTuple):
+    """What the rows of a data set are."""
+
+    columns: tuple[str, ...]  # all that matter
+    check: Callable[[list[str], str], None]  # of the columns' names
+    read: Callable[[Mapping[str, Any], str], tuple[Any, ...]]  # texts of a row in their normal form
+    texts: tuple[str, ...]  # their names
+    required: tuple[str, ...]  # columns of which no row may have null
+
+
+_PAIRS = _Kind(
+    COLUMNS, check_columns, read_columns, ("prompt", "chosen", "rejected"), ("chosen", "rejected")
+)
+_EXAMPLES = _Kind(
+    EXAMPLE_COLUMNS, check_example_columns, read_example_columns, ("prompt", "completion"), ()
+)
 
 
 def load_preferences(source: str | Path, *, split: str | None = None) -> datasets.Dataset:
@@ -45,11 +71,25 @@ def load_preferences(source: str | Path, *, split: str | None = None) -> dataset
         ValueError: a line is not JSON, or a row has no ``chosen`` or ``rejected`` or one of the wrong type (the
             file and its line or row are named); an unknown file type, an unreadable file or an unknown split.
     """
+    return _load(source, split, _PAIRS)
+
+
+def load_examples(source: str | Path, *, split: str | None = None) -> datasets.Dataset:
+    """Examples for supervised fine-tuning: ``messages``, or ``prompt`` and ``completion``.
+
+    Arguments, result and errors are those of :func:`load_preferences`, with the columns of
+    ``fastpo.data.formats.EXAMPLE_COLUMNS``. ``messages`` of a JSON file become ``prompt`` and ``completion``,
+    the last message.
+    """
+    return _load(source, split, _EXAMPLES)
+
+
+def _load(source: str | Path, split: str | None, kind: _Kind) -> datasets.Dataset:
     path = Path(source).expanduser()
     if path.is_file():
-        return _choose(str(source), {"train": lambda: _read_file(path)}, split)
+        return _choose(str(source), {"train": lambda: _read_file(path, kind)}, split)
     if path.is_dir():
-        return _read_directory(path, split)
+        return _read_directory(path, split, kind)
     name = str(source)
     has_parent = path.parent not in (Path("."), Path("/")) and path.parent.exists()
     looks_local = has_parent or path.suffix in _SUFFIXES
@@ -63,7 +103,7 @@ def load_preferences(source: str | Path, *, split: str | None = None) -> dataset
             f"no file or directory {name!r}{nearest}; and the Hub did not give a data set of that "
             f"name: {error}"
         ) from error
-    return _from_datasets(loaded, name, None)
+    return _from_datasets(loaded, name, None, kind)
 
 
 def _nearest(path: Path) -> str:
@@ -88,9 +128,9 @@ def _choose(
     return splits[split]()
 
 
-def _read_directory(path: Path, split: str | None) -> datasets.Dataset:
+def _read_directory(path: Path, split: str | None, kind: _Kind) -> datasets.Dataset:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _from_datasets(datasets.load_from_disk(str(path)), str(path), split)
+        return _from_datasets(datasets.load_from_disk(str(path)), str(path), split, kind)
     files: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
@@ -105,72 +145,74 @@ def _read_directory(path: Path, split: str | None) -> datasets.Dataset:
         )
 
     def joined(group: list[Path]) -> Callable[[], datasets.Dataset]:
-        return lambda: datasets.concatenate_datasets([_read_file(file) for file in group])
+        return lambda: datasets.concatenate_datasets([_read_file(file, kind) for file in group])
 
     return _choose(str(path), {name: joined(group) for name, group in files.items()}, split)
 
 
 def _from_datasets(
-    loaded: datasets.Dataset | datasets.DatasetDict, where: str, split: str | None
+    loaded: datasets.Dataset | datasets.DatasetDict, where: str, split: str | None, kind: _Kind
 ) -> datasets.Dataset:
     if not isinstance(loaded, datasets.DatasetDict):
         loaded = datasets.DatasetDict({str(loaded.split or "train"): loaded})
 
     def checked(dataset: datasets.Dataset) -> Callable[[], datasets.Dataset]:
-        return lambda: _checked(dataset, where)
+        return lambda: _checked(dataset, where, kind)
 
     return _choose(where, {str(name): checked(dataset) for name, dataset in loaded.items()}, split)
 
 
-def _read_file(path: Path) -> datasets.Dataset:
+def _read_file(path: Path, kind: _Kind) -> datasets.Dataset:
     if path.suffix in _JSON:
-        return _read_json(path)
+        return _read_json(path, kind)
     if path.suffix != ".parquet":
         raise ValueError(
             f"{path}: expected a file that ends in {', '.join(_SUFFIXES)}, got {path.suffix!r}"
         )
     try:  # read here: `datasets` would first copy the file, with all its columns, into its cache
         names = pq.read_schema(path).names
-        table = pq.read_table(path, columns=[name for name in COLUMNS if name in names])
+        table = pq.read_table(path, columns=[name for name in kind.columns if name in names])
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
-    check_columns(names, str(path))
-    return _checked(datasets.Dataset(table), str(path))
+    kind.check(names, str(path))
+    return _checked(datasets.Dataset(table), str(path), kind)
 
 
-def _checked(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
-    """The columns that matter; every row has both answers."""
-    check_columns(dataset.column_names, where)
-    dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+def _checked(dataset: datasets.Dataset, where: str, kind: _Kind) -> datasets.Dataset:
+    """The columns that matter; every row has those that are required."""
+    kind.check(dataset.column_names, where)
+    dataset = dataset.select_columns(
+        [name for name in kind.columns if name in dataset.column_names]
+    )
     if not len(dataset):
         raise ValueError(f"{where}: no rows")
     table = dataset.with_format("arrow")[:]
-    for name in ("chosen", "rejected"):
+    for name in kind.required:
         nulls = table[name].is_null().to_numpy()
         if nulls.any():
             raise ValueError(f"{where}, row {nulls.argmax()} (from 0): no {name!r}")
     return dataset
 
 
-def _read_json(path: Path) -> datasets.Dataset:
+def _read_json(path: Path, kind: _Kind) -> datasets.Dataset:
     """JSON read here rather than by `datasets`: exact places in errors, and other columns cannot clash."""
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    columns: dict[str, list[Any]] = {
+        name: [] for name in (*kind.texts, "tools", "chat_template_kwargs")
+    }
     first: tuple[str, Any] | None = None
     for where, row in _json_rows(path):
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-        prompt, chosen, rejected = read_columns(row, where)
-        kinds = (type(prompt), type(chosen))
+        texts = kind.read(row, where)
+        kinds = (type(texts[0]), type(texts[1]))
         first = first or (where, kinds)
         if kinds != first[1]:
             raise ValueError(
-                f"{where}: prompt and chosen are {_kinds(kinds)}, but {_kinds(first[1])} in {first[0]}; "
-                "a file holds one format"
+                f"{where}: {' and '.join(kind.texts[:2])} are {_kinds(kinds)}, but {_kinds(first[1])} in "
+                f"{first[0]}; a file holds one format"
             )
         values = {
-            "prompt": prompt,
-            "chosen": chosen,
-            "rejected": rejected,
+            **dict(zip(kind.texts, texts, strict=True)),
             # schemas differ from row to row, Arrow's structs do not: tools stay JSON text
             "tools": _as_json(row.get("tools")),
             "chat_template_kwargs": row.get("chat_template_kwargs"),

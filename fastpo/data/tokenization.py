@@ -1,8 +1,8 @@
-"""Preference pairs → token ids, with an account of every row that was dropped or changed.
+"""Preference pairs, or examples → token ids, with an account of every row that was dropped or changed.
 
 Of each row the prompt is tokenised as generation would see it and the answers as they follow it:
 
-1. Text. Plain pairs are used as they are. Conversations are rendered by the tokenizer's chat template: the
+1. Text. Plain rows are used as they are. Conversations are rendered by the tokenizer's chat template: the
    prompt with the generation prompt, and prompt + answer as a whole; the answer is what comes after.
 2. Ids. The text of prompt + answer is tokenised as one and cut after the prompt's ids. Where the prompt's
    ids are no prefix of it (a token would join the prompt's end and the answer's start), the answer is
@@ -23,7 +23,8 @@ Every token after the prompt is scored, in multi-turn answers the turns between 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -36,27 +37,24 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpo.data.formats import (
     COLUMNS,
-    ChatPair,
+    EXAMPLE_COLUMNS,
+    ChatRow,
     Message,
-    PlainPair,
+    PlainRow,
     UnusableRow,
     check_columns,
-    parse_row,
+    check_example_columns,
+    parse_example,
+    parse_pair,
 )
 from fastpo.data.report import DROPPED, NOTED, ROWS_NAMED, DataReport, Finding, TokenCounts
 
-_FEATURES = datasets.Features(
-    {
-        "prompt_ids": datasets.List(datasets.Value("int32")),
-        "chosen_ids": datasets.List(datasets.Value("int32")),
-        "rejected_ids": datasets.List(datasets.Value("int32")),
-        "row": datasets.Value("int64"),
-        "dropped": datasets.Value("string"),
-        "detail": datasets.Value("string"),
-        "notes": datasets.List(datasets.Value("string")),
-    }
-)
-_KEPT = ("prompt_ids", "chosen_ids", "rejected_ids", "row")
+_ACCOUNT = {
+    "row": datasets.Value("int64"),
+    "dropped": datasets.Value("string"),
+    "detail": datasets.Value("string"),
+    "notes": datasets.List(datasets.Value("string")),
+}
 
 
 def tokenize_preferences(
@@ -91,29 +89,68 @@ def tokenize_preferences(
             without ``chosen`` or ``rejected``, or with one of the wrong type; no row
             left (with the account).
     """
+    rows = _usable_columns(dataset, COLUMNS, check_columns, source)
+    tokenize = _RowTokenizer(
+        tokenizer, parse_pair, ("chosen", "rejected"), max_length, max_prompt_length, source
+    )
+    return _tokenize(rows, tokenize, num_proc)
+
+
+def tokenize_examples(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    max_prompt_length: int | None = None,
+    num_proc: int | None = None,
+    source: str = "the data set",
+) -> tuple[datasets.Dataset, DataReport]:
+    """The same for examples of supervised fine-tuning: ``prompt_ids``, ``completion_ids`` and ``row``.
+
+    Arguments and errors are those of :func:`tokenize_preferences`; the columns are ``messages``, or ``prompt``
+    and ``completion``.
+    """
+    rows = _usable_columns(dataset, EXAMPLE_COLUMNS, check_example_columns, source)
+    tokenize = _RowTokenizer(
+        tokenizer, parse_example, ("completion",), max_length, max_prompt_length, source
+    )
+    return _tokenize(rows, tokenize, num_proc)
+
+
+def _usable_columns(
+    dataset: datasets.Dataset,
+    columns: Sequence[str],
+    check: Callable[[list[str], str], None],
+    source: str,
+) -> datasets.Dataset:
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(
             f"dataset: got {type(dataset).__name__}, expected a datasets.Dataset (one split)"
         )
-    _check_lengths(max_length, max_prompt_length)
-    check_columns(dataset.column_names, source)
-    rows = dataset.with_format(None).select_columns(
-        [name for name in COLUMNS if name in dataset.column_names]
+    check(dataset.column_names, source)
+    return dataset.with_format(None).select_columns(
+        [name for name in columns if name in dataset.column_names]
     )
+
+
+def _tokenize(
+    rows: datasets.Dataset, tokenize: _RowTokenizer, num_proc: int | None
+) -> tuple[datasets.Dataset, DataReport]:
+    source = tokenize.source
     table = rows.map(
-        _PairTokenizer(tokenizer, max_length, max_prompt_length, source),
+        tokenize,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
-        features=_FEATURES,
+        features=tokenize.features,
         num_proc=num_proc,
         keep_in_memory=True,
         load_from_cache_file=False,
         new_fingerprint=datasets.fingerprint.generate_random_fingerprint(),  # nothing to hash
         desc=f"Tokenizing {source}",
     ).with_format("arrow")[:]
-    kept = table.filter(pc.is_null(table["dropped"])).select(_KEPT)
-    report = _report(source, table, kept)
+    kept = table.filter(pc.is_null(table["dropped"])).select([*tokenize.id_columns, "row"])
+    report = _report(source, table, kept, tokenize.id_columns)
     if not report.kept:
         raise ValueError(f"no row can be used.\n{report}")
     return datasets.Dataset(kept), report
@@ -134,34 +171,41 @@ def _check_lengths(max_length: int | None, max_prompt_length: int | None) -> Non
 
 @dataclass
 class _Texts:
-    """What is tokenised of a pair: the prompt (None: implicit) and prompt + answer, twice."""
+    """What is tokenised of a row: the prompt (None: implicit) and prompt + answer, of each answer."""
 
     prompt: str | None
-    chosen: str
-    rejected: str
+    wholes: list[str]
     is_plain: bool
 
     @property
     def is_split(self) -> bool:
         """Whether prompt + answer falls apart at the prompt's end."""
-        return self.prompt is not None and all(
-            text.startswith(self.prompt) for text in (self.chosen, self.rejected)
-        )
+        prompt = self.prompt
+        return prompt is not None and all(text.startswith(prompt) for text in self.wholes)
 
 
-class _PairTokenizer:
-    """A batch of rows → a batch of ids, with what was dropped or noted."""
+class _RowTokenizer:
+    """A batch of rows → a batch of ids, with what was dropped or noted.
+
+    ``parse`` makes a row's one form, whose answers become the columns ``<name>_ids`` of ``answers``.
+    """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
+        parse: Callable[[Mapping[str, Any], str], PlainRow | ChatRow],
+        answers: Sequence[str],
         max_length: int | None,
         max_prompt_length: int | None,
         source: str,
     ) -> None:
+        _check_lengths(max_length, max_prompt_length)
         if tokenizer.eos_token_id is None:
             raise ValueError("tokenizer: it has no eos_token, which must end every answer; set one")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.parse = tokenizer, parse
+        self.id_columns = [f"{name}_ids" for name in ("prompt", *answers)]
+        ids = dict.fromkeys(self.id_columns, datasets.List(datasets.Value("int32")))
+        self.features = datasets.Features({**ids, **_ACCOUNT})
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
         self.source = source
         self.before_text = self._ids_before_text()
@@ -170,60 +214,53 @@ class _PairTokenizer:
         results: list[dict[str, Any]] = []
         for k, row in enumerate(rows):
             where = f"{self.source}, row {row} (from 0)"
-            result: dict[str, Any] = dict.fromkeys(_FEATURES) | {"row": row, "notes": []}
+            result: dict[str, Any] = dict.fromkeys(self.features) | {"row": row, "notes": []}
             try:
-                pair = parse_row({name: values[k] for name, values in batch.items()}, where)
-                result["texts"] = self._texts(pair, where)
+                parsed = self.parse({name: values[k] for name, values in batch.items()}, where)
+                result["texts"] = self._texts(parsed, where)
             except UnusableRow as unusable:
                 result |= {"dropped": unusable.reason, "detail": unusable.detail}
             results.append(result)
         usable = [result for result in results if not result["dropped"]]
         texts: list[_Texts] = [result["texts"] for result in usable]
-        ids = self._encode([text for t in texts for text in (t.prompt or "", t.chosen, t.rejected)])
-        for k, result in enumerate(usable):
+        encoded = iter(self._encode([text for t in texts for text in (t.prompt or "", *t.wholes)]))
+        for result in usable:
             try:
-                prompt, chosen, rejected = ids[3 * k : 3 * k + 3]
-                result |= self._pair_ids(result["texts"], prompt, chosen, rejected, result["notes"])
+                prompt, *wholes = itertools.islice(encoded, len(self.id_columns))
+                ids = self._row_ids(result["texts"], prompt, wholes, result["notes"])
+                result |= dict(zip(self.id_columns, ids, strict=True))
             except UnusableRow as unusable:
                 result["dropped"] = unusable.reason
-        return {name: [result[name] for result in results] for name in _FEATURES}
+        return {name: [result[name] for result in results] for name in self.features}
 
-    def _texts(self, pair: PlainPair | ChatPair, where: str) -> _Texts:
-        texts = (
-            self._chat_texts(pair, where) if isinstance(pair, ChatPair) else self._plain_texts(pair)
-        )
+    def _texts(self, row: PlainRow | ChatRow, where: str) -> _Texts:
+        texts = self._chat_texts(row, where) if isinstance(row, ChatRow) else self._plain_texts(row)
         start = len(texts.prompt) if texts.prompt is not None and texts.is_split else 0
-        texts.chosen = self._without_space_after_eos(texts.chosen, start)
-        texts.rejected = self._without_space_after_eos(texts.rejected, start)
+        texts.wholes = [self._without_space_after_eos(text, start) for text in texts.wholes]
         return texts
 
-    def _plain_texts(self, pair: PlainPair) -> _Texts:
-        if not pair.prompt:
-            return _Texts(pair.prompt, pair.chosen, pair.rejected, is_plain=True)
+    def _plain_texts(self, row: PlainRow) -> _Texts:
+        if not row.prompt:
+            return _Texts(row.prompt, row.answers, is_plain=True)
         bos = self.tokenizer.bos_token or ""
-        chosen, rejected = (
-            pair.prompt + answer.removeprefix(bos) for answer in (pair.chosen, pair.rejected)
-        )
-        return _Texts(pair.prompt, chosen, rejected, is_plain=True)
+        wholes = [row.prompt + answer.removeprefix(bos) for answer in row.answers]
+        return _Texts(row.prompt, wholes, is_plain=True)
 
-    def _chat_texts(self, pair: ChatPair, where: str) -> _Texts:
-        prompt = self._render(pair, pair.prompt, where, add_generation_prompt=True)
-        chosen, rejected = (
-            self._render(pair, pair.prompt + answer, where)
-            for answer in (pair.chosen, pair.rejected)
-        )
-        if chosen == rejected:
+    def _chat_texts(self, row: ChatRow, where: str) -> _Texts:
+        prompt = self._render(row, row.prompt, where, add_generation_prompt=True)
+        wholes = [self._render(row, row.prompt + answer, where) for answer in row.answers]
+        if len(set(wholes)) < len(wholes):
             raise UnusableRow("template_error", "it renders chosen and rejected alike")
-        texts = _Texts(prompt, chosen, rejected, is_plain=False)
+        texts = _Texts(prompt, wholes, is_plain=False)
         if not texts.is_split:
-            _check_prompt_survives(texts, pair.prompt[-1]["content"].strip())
+            _check_prompt_survives(texts, row.prompt[-1]["content"].strip())
         return texts
 
     def _without_space_after_eos(self, text: str, start: int) -> str:
         answer = text[start:].rstrip()
         return text[:start] + answer if answer.endswith(self.tokenizer.eos_token) else text
 
-    def _render(self, pair: ChatPair, messages: list[Message], where: str, **options: bool) -> str:
+    def _render(self, row: ChatRow, messages: list[Message], where: str, **options: bool) -> str:
         if not self.tokenizer.chat_template:
             raise ValueError(
                 f"chat_template: {where} is a conversation, but the tokenizer has no chat template; set "
@@ -232,36 +269,32 @@ class _PairTokenizer:
             )
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tools=pair.tools, tokenize=False, **options, **pair.template_kwargs
+                messages, tools=row.tools, tokenize=False, **options, **row.template_kwargs
             )
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
             raise UnusableRow("template_error", f"{type(error).__name__}: {error}") from error
 
-    def _pair_ids(
-        self,
-        texts: _Texts,
-        prompt: list[int],
-        chosen: list[int],
-        rejected: list[int],
-        notes: list[str],
-    ) -> dict[str, list[int]]:
+    def _row_ids(
+        self, texts: _Texts, prompt: list[int], wholes: list[list[int]], notes: list[str]
+    ) -> list[list[int]]:
+        """Ids of the prompt and of each answer."""
         if texts.is_split:
             assert texts.prompt is not None
             answers = [
                 ids[len(prompt) :]
                 if ids[: len(prompt)] == prompt
                 else self._encode_continuation(text[len(texts.prompt) :], notes)
-                for text, ids in ((texts.chosen, chosen), (texts.rejected, rejected))
+                for text, ids in zip(texts.wholes, wholes, strict=True)
             ]
         else:
-            sides = [chosen, rejected]
+            sides = wholes
             if texts.prompt is not None:
-                sides.append(prompt)
+                sides = [*wholes, prompt]
                 notes.append("generation_prompt_differs")
-            prompt = chosen[: _common_length(sides)]
-            answers = [chosen[len(prompt) :], rejected[len(prompt) :]]
-        chosen, rejected = (self._with_eos(answer, texts.is_plain) for answer in answers)
-        if chosen == rejected:
+            prompt = wholes[0][: _common_length(sides)]
+            answers = [ids[len(prompt) :] for ids in wholes]
+        answers = [self._with_eos(answer, texts.is_plain) for answer in answers]
+        if answers[1:] == answers[:1]:
             raise UnusableRow("equal_answers")
         if texts.is_plain and prompt[: len(self.before_text)] != self.before_text:
             prompt = self.before_text + prompt
@@ -270,12 +303,9 @@ class _PairTokenizer:
         if prompt == self.before_text:
             notes.append("empty_prompt")
         prompt = self._shortened(prompt, notes)
-        if (
-            self.max_length is not None
-            and len(prompt) + max(len(chosen), len(rejected)) > self.max_length
-        ):
+        if self.max_length is not None and len(prompt) + max(map(len, answers)) > self.max_length:
             raise UnusableRow("too_long")
-        return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+        return [prompt, *answers]
 
     def _with_eos(self, answer: list[int], is_plain: bool) -> list[int]:
         eos = self.tokenizer.eos_token_id
@@ -337,13 +367,13 @@ def _common_length(sequences: Sequence[Sequence[Any]]) -> int:
 def _check_prompt_survives(texts: _Texts, last_content: str) -> None:
     """A template may word the generation prompt differently, but not what stands before it."""
     assert texts.prompt is not None
-    common = _common_length([texts.prompt, texts.chosen, texts.rejected])
+    common = _common_length([texts.prompt, *texts.wholes])
     at = texts.prompt.rfind(last_content)
     if at < 0 or common < at + len(last_content):
         raise UnusableRow("prompt_rewritten")
 
 
-def _report(source: str, table: pa.Table, kept: pa.Table) -> DataReport:
+def _report(source: str, table: pa.Table, kept: pa.Table, id_columns: Sequence[str]) -> DataReport:
     found: dict[str, list[tuple[int, str]]] = {}
     for row, reason, detail, notes in zip(
         *(table[name].to_pylist() for name in ("row", "dropped", "detail", "notes")), strict=True
@@ -361,8 +391,8 @@ def _report(source: str, table: pa.Table, kept: pa.Table) -> DataReport:
         }
 
     tokens = {
-        name: TokenCounts.of(pc.list_value_length(kept[f"{name}_ids"]).to_pylist())
-        for name in ("prompt", "chosen", "rejected")
+        name.removesuffix("_ids"): TokenCounts.of(pc.list_value_length(kept[name]).to_pylist())
+        for name in id_columns
         if len(kept)
     }
     return DataReport(source, len(table), len(kept), findings(DROPPED), findings(NOTED), tokens)

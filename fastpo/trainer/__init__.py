@@ -1,8 +1,18 @@
-"""Training on preference pairs: the settings, the trainer, and the whole job as one function."""
+"""Training on preference pairs and fine-tuning on examples: settings, trainers, whole jobs as one function."""
 
 from .config import PreferenceConfig, build_loss
 from .launch import train
 from .plots import plot_run
+from .sft import SFTConfig, SFTTrainer, fine_tune
 from .trainer import PreferenceTrainer
 
-__all__ = ["PreferenceConfig", "PreferenceTrainer", "build_loss", "plot_run", "train"]
+__all__ = [
+    "PreferenceConfig",
+    "PreferenceTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "build_loss",
+    "fine_tune",
+    "plot_run",
+    "train",
+]

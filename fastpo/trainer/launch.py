@@ -14,12 +14,17 @@ from fastpo.atomic_write import write_atomically
 from fastpo.data import load_preferences
 
 from .checkpoint import find_resume_point
-from .config import PreferenceConfig, save_config
+from .config import PreferenceConfig
 from .model import add_adapter, checked_name, load_model, load_tokenizer
+from .run_config import save_config
 from .trainer import PreferenceTrainer
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedModel
+
+    from .run_config import RunConfig
+    from .sft import SFTTrainer
 
 CONFIG_FILE = "fastpo_config.yaml"
 DATA_REPORT_FILE = "data_report.json"
@@ -44,29 +49,19 @@ def train(config: PreferenceConfig) -> PreferenceTrainer:
         ValueError: settings, a model directory, a data set or an ``output_dir`` that cannot be used.
     """
     # What can go wrong is found before a large model is loaded.
-    if not config.dataset:
-        raise ValueError(f"dataset: got {config.dataset!r}, expected a file, directory or Hub name")
-    if config.use_liger_kernel and not is_liger_kernel_available():
-        raise ImportError("use_liger_kernel: needs the package liger-kernel")
-    if config.use_liger_kernel and config.device.type == "cpu":
-        raise ValueError(
-            "use_liger_kernel: got True, expected False on a CPU: its kernels need a GPU"
-        )
-    find_resume_point(Path(config.output_dir), config.resume_from_checkpoint)
+    check_sources(config)
     needs_reference = config.needs_reference
     for field in ("model_name_or_path", "ref_model_name_or_path"):
         if field == "model_name_or_path" or (getattr(config, field) and needs_reference):
             checked_name(config, field)
-    train_dataset = load_preferences(config.dataset, split=config.dataset_split)
+    train_dataset = load_preferences(config.dataset or "", split=config.dataset_split)
     eval_dataset: datasets.Dataset | None = None
     if config.eval_dataset:
         eval_dataset = load_preferences(config.eval_dataset, split=config.eval_dataset_split)
 
     set_seed(config.seed)
     tokenizer = load_tokenizer(config)
-    model = load_model(config)
-    if isinstance(config.peft, Mapping):
-        model = add_adapter(model, config.peft)
+    model = model_to_train(config)
     ref_model = None
     if config.ref_model_name_or_path and needs_reference:
         ref_model = load_model(config, "ref_model_name_or_path")
@@ -78,19 +73,42 @@ def train(config: PreferenceConfig) -> PreferenceTrainer:
         processing_class=tokenizer,
         ref_model=ref_model,
     )
-    if trainer.is_world_process_zero():
-        _write_account(trainer, Path(config.output_dir))
-
-    result = trainer.train()
-    trainer.save_model()
-    trainer.save_metrics("train", result.metrics)
-    if eval_dataset is not None:
-        trainer.save_metrics("eval", _last_evaluation(trainer) or trainer.evaluate())
-    trainer.save_state()
+    run_to_its_end(trainer)
     return trainer
 
 
-def _last_evaluation(trainer: PreferenceTrainer) -> dict[str, Any]:
+def check_sources(config: RunConfig) -> None:
+    """Raise where there is no data set, Liger's kernels are not to be had, or ``output_dir`` holds a run."""
+    if not config.dataset:
+        raise ValueError(f"dataset: got {config.dataset!r}, expected a file, directory or Hub name")
+    if config.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("use_liger_kernel: needs the package liger-kernel")
+    if config.use_liger_kernel and config.device.type == "cpu":
+        raise ValueError(
+            "use_liger_kernel: got True, expected False on a CPU: its kernels need a GPU"
+        )
+    find_resume_point(Path(config.output_dir), config.resume_from_checkpoint)
+
+
+def model_to_train(config: RunConfig) -> PreTrainedModel:
+    """The model that a configuration names, in an adapter where it asks for one."""
+    model = load_model(config)
+    return add_adapter(model, config.peft) if isinstance(config.peft, Mapping) else model
+
+
+def run_to_its_end(trainer: PreferenceTrainer | SFTTrainer) -> None:
+    """Train, evaluate, and write model, metrics, settings and the account of the rows."""
+    if trainer.is_world_process_zero():
+        _write_account(trainer, Path(trainer.args.output_dir))
+    result = trainer.train()
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    if trainer.eval_dataset is not None:
+        trainer.save_metrics("eval", _last_evaluation(trainer) or trainer.evaluate())
+    trainer.save_state()
+
+
+def _last_evaluation(trainer: PreferenceTrainer | SFTTrainer) -> dict[str, Any]:
     """Metrics of the model as it is, if training ended with an evaluation; else empty."""
     if trainer.args.load_best_model_at_end:  # the model may be an earlier one
         return {}
@@ -100,7 +118,7 @@ def _last_evaluation(trainer: PreferenceTrainer) -> dict[str, Any]:
     return {name: value for name, value in evaluations[-1].items() if name != "step"}
 
 
-def _write_account(trainer: PreferenceTrainer, output_dir: Path) -> None:
+def _write_account(trainer: PreferenceTrainer | SFTTrainer, output_dir: Path) -> None:
     """The resolved settings and what became of the rows, also printed."""
     output_dir.mkdir(parents=True, exist_ok=True)
     save_config(trainer.args, output_dir / CONFIG_FILE)

@@ -16,12 +16,12 @@ from .checkpoint import model_files
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .config import PreferenceConfig
+    from .run_config import RunConfig
 
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
-def load_model(config: PreferenceConfig, field: str = "model_name_or_path") -> PreTrainedModel:
+def load_model(config: RunConfig, field: str = "model_name_or_path") -> PreTrainedModel:
     """The causal LM that a field of the configuration names.
 
     Raises:
@@ -45,7 +45,7 @@ def load_model(config: PreferenceConfig, field: str = "model_name_or_path") -> P
         raise ValueError(f"{field}: {name} could not be loaded{options}: {error}") from error
 
 
-def load_tokenizer(config: PreferenceConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The tokenizer with the configuration's chat template; without a pad token, EOS pads.
 
     Raises:
@@ -64,7 +64,7 @@ def load_tokenizer(config: PreferenceConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def checked_name(config: PreferenceConfig, field: str) -> str:
+def checked_name(config: RunConfig, field: str) -> str:
     """The model name in a field, after a look at the directory if it is one.
 
     Raises:

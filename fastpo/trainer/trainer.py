@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils import logging
 
 from fastpo.data import DataReport, PreferenceCollator, tokenize_preferences
 from fastpo.head import FusedHead
@@ -24,30 +21,20 @@ from fastpo.losses import PreferenceOutput
 from fastpo.losses.noisy_reference import NoisyReference
 
 from . import reference
-from .checkpoint import (
-    STATE_FILE,
-    RunState,
-    checkpoints,
-    find_resume_point,
-    load_run_state,
-    save_run_state,
-)
+from .checkpoint import load_run_state
 from .config import DEFAULT_LOSS_SETTINGS, LOSS_FIELDS, PreferenceConfig, build_loss
-from .metrics import LogLastStep, MetricWindow
 from .model import disable_dropout, is_peft_model, router_coefficient
 from .noise import NoisePlayer, make_generator, noise_seed, token_index
 from .noisy_head import NoisyHead
 from .plots import PlotCallback
+from .resumable import ResumableTrainer, listed_rows
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-    from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+    from transformers.trainer_utils import TrainOutput
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "row")
-ROWS_NAMED = 16  # data rows that an error message lists
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -59,7 +46,7 @@ class _MicroStep:
     tokens: Tensor  # (), input tokens
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(ResumableTrainer):
     """Trains a causal language model on preference pairs with any loss of ``fastpo.losses.LOSSES``.
 
     Args:
@@ -98,6 +85,7 @@ class PreferenceTrainer(Trainer):
     # The loss is the mean over a micro-step's pairs; transformers divides it by the number of micro-steps.
     # Before transformers 5.19 that follows from model_accepts_loss_kwargs, set below.
     loss_is_scaled_for_ga = False
+    settings_name = "loss"
 
     args: PreferenceConfig
     train_dataset: datasets.Dataset | None
@@ -121,12 +109,6 @@ class PreferenceTrainer(Trainer):
         self.router_coefficient = router_coefficient(core, args.router_aux_loss_coef)
         if args.disable_dropout:
             disable_dropout(model)
-        if args.n_gpu > 1:
-            logger.warning(
-                f"one process sees {args.n_gpu} GPUs and uses only the first; `accelerate launch` uses all"
-            )
-            args._n_gpu = 1
-
         self.data_reports: dict[str, DataReport] = {}
         train_dataset = self._tokenized(train_dataset, "train", args, processing_class)
         if isinstance(eval_dataset, Mapping):
@@ -147,12 +129,7 @@ class PreferenceTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            # LogLastStep is the last: any of the others may end the training.
-            callbacks=[
-                *([PlotCallback()] if args.plot_loss else []),
-                *(callbacks or []),
-                LogLastStep(),
-            ],
+            callbacks=[*([PlotCallback()] if args.plot_loss else []), *(callbacks or [])],
             optimizers=optimizers,
         )
         if use_cache is not None:
@@ -170,9 +147,6 @@ class PreferenceTrainer(Trainer):
         if generator is not None:
             self._noise = NoisePlayer(generator, args)
             self.add_callback(self._noise)
-        self._tokens_trained = 0  # by this rank
-        self._window = MetricWindow()
-        self._eval_window = MetricWindow()
         self._micro_steps: list[_MicroStep] = []
         self._mean_pairs: float | None = None  # pairs per micro-step of the current optimiser step
         self.ref_model = self._prepare_models(ref_model)
@@ -229,10 +203,6 @@ class PreferenceTrainer(Trainer):
     ) -> tuple[list[dict[str, Tensor]], Any]:
         """The micro-steps of one optimiser step; how many pairs they hold on average decides their weights."""
         self._micro_steps = []
-        if self.state.global_step >= self.state.max_steps:
-            # Resumed at its end, in the middle of an epoch: transformers would train one step too many.
-            self.control.should_training_stop = True
-            return [], None
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self._mean_pairs = sum(len(batch["rows"]) for batch in batches) / len(batches)
@@ -427,7 +397,7 @@ class PreferenceTrainer(Trainer):
             norms["the noise's gradient"] = self._noise.finish_gradient(
                 self.accelerator.num_processes
             )
-        self._stop_if_not_finite(norms)
+        self._stop_together(self._problem(norms))
         for step in self._micro_steps:
             metrics = _metrics(step.output)
             if self._noise is not None:
@@ -439,24 +409,6 @@ class PreferenceTrainer(Trainer):
         self._micro_steps = []
         return grad_norm
 
-    def _stop_if_not_finite(self, norms: Mapping[str, Any]) -> None:
-        """Raise FloatingPointError on all ranks if a loss or gradient of any is not finite, or σ too large."""
-        problem = self._problem(norms)
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor([problem is not None], device=self.args.device)
-            if not self.accelerator.gather(flag).any():
-                return
-            found = gather_object([problem])
-            problem = "; ".join(f"rank {rank}: {p}" for rank, p in enumerate(found) if p)
-        if not problem:
-            return
-        saved = checkpoints(Path(self.args.output_dir))
-        last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
-        raise FloatingPointError(
-            f"training stopped before optimiser step {self.state.global_step + 1}: {problem}. "
-            f"No weight was changed by it; {last}"
-        )
-
     def _problem(self, norms: Mapping[str, Any]) -> str | None:
         """What is not finite on this rank, in which micro-step and data rows, or how large σ is."""
         count = len(self._micro_steps)
@@ -465,21 +417,13 @@ class PreferenceTrainer(Trainer):
             if not math.isfinite(loss):
                 # Not the losses: one bad gap makes every γ bad, and with it all losses of the batch.
                 bad = ~(step.output.chosen_rewards + step.output.rejected_rewards).isfinite()
-                rows = _listed([step.rows[bad] if bad.any() else step.rows])
+                rows = listed_rows([step.rows[bad] if bad.any() else step.rows])
                 return f"the loss is {loss} in micro-step {k} of {count}, data rows {rows}"
             if self._noise is not None:
                 excess = self._noise.excess(step.output.noise["noise/sigma_peak"].item())
                 if excess:
                     return excess
-        # Under float16 an overflow is found and skipped by the gradient scaler.
-        if getattr(self.accelerator, "scaler", None) is None:
-            for name, norm in norms.items():
-                if norm is not None and not math.isfinite(float(norm)):
-                    rows = _listed([step.rows for step in self._micro_steps])
-                    return (
-                        f"the loss is finite but {name}'s norm is {float(norm)}, data rows {rows}"
-                    )
-        return None
+        return self._bad_norm(norms, [step.rows for step in self._micro_steps])
 
     # ---- Evaluation ----
 
@@ -494,138 +438,49 @@ class PreferenceTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             result = self._score(model, inputs)
-        pairs = self._own_pairs(len(inputs["rows"]))
+        pairs = self._own_rows(len(inputs["rows"]))
         if pairs:
             self._eval_window.add(_metrics(_first(result, pairs)), pairs)
         return result.loss.detach(), None, None
-
-    def _own_pairs(self, pairs: int) -> int:
-        """How many of a batch's pairs count: the last batches of several ranks are filled up with others."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return pairs
-        return min(max(state.remainder - self.accelerator.process_index * pairs, 0), pairs)
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Transformers' loop, with the means over all pairs of the set in its metrics."""
-        self._eval_window = MetricWindow()
-        output = super().evaluation_loop(
-            dataloader, description, True, ignore_keys, metric_key_prefix
-        )
-        means = self._eval_window.over_ranks().means()
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in means.items()})
-        return output
 
     # ---- Logging and checkpoints ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a line of training gets the metrics since the last one."""
-        if "loss" in logs:
-            if self._noise is not None and self._noise.hidden is not None:
-                largest = self._noise.generator.sigma_max(self._noise.hidden)
-                self._window.add({"noise/sigma_max": largest.item()}, 1)
-            logs.update(self._window.over_ranks().means())
-            logs["num_tokens"] = self._total_tokens()
-            self._window = MetricWindow()
+        if "loss" in logs and self._noise is not None and self._noise.hidden is not None:
+            largest = self._noise.generator.sigma_max(self._noise.hidden)
+            self._window.add({"noise/sigma_max": largest.item()}, 1)
         super().log(logs, start_time)
 
-    def _total_tokens(self) -> int:
-        return sum(gather_object([self._tokens_trained]))
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train, or go on from a checkpoint.
-
-        Args:
-            resume_from_checkpoint: a checkpoint directory; True: the newest one in ``output_dir``; ``"auto"``:
-                the newest complete one, a fresh start if there is none; None: what ``args`` says; False: a
-                fresh start.
-            kwargs: as for ``transformers.Trainer.train``.
+        """As :meth:`ResumableTrainer.train`.
 
         Raises:
-            FloatingPointError: a loss or gradient was not finite, or σ of the noise reached
-                ``noise_sigma_limit``; names the step and the data rows or the numbers.
-            ValueError: ``output_dir`` already holds a run; a directory that cannot be resumed from, or was
-                trained with another loss.
+            FloatingPointError: also where σ of the noise reached ``noise_sigma_limit``.
         """
-        if resume_from_checkpoint is None:
-            resume_from_checkpoint = self.args.resume_from_checkpoint
-        checkpoint = find_resume_point(Path(self.args.output_dir), resume_from_checkpoint)
-        self._tokens_trained = 0
-        self._window = MetricWindow()
         if self._noise is not None:
             self._noise.forget_gradient()
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        resume = None if checkpoint is None else str(checkpoint)
-        return super().train(resume_from_checkpoint=resume, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
 
-    def _restore(self, checkpoint: Path) -> None:
-        state = load_run_state(checkpoint)
-        if self._noise is not None:
-            self._noise.check_checkpoint(state.tensors, str(checkpoint))
-        before = {
-            **DEFAULT_LOSS_SETTINGS,
-            **state.settings,
-        }  # saved before a setting existed: its default
-        changed = [
-            f"{name} {before[name]!r} → {value!r}"
-            for name, value in self._loss_settings().items()
-            if before[name] != value
-        ]
-        if changed:
-            raise ValueError(
-                f"resume_from_checkpoint: {checkpoint} was trained with another loss ({', '.join(changed)}); "
-                "start a run of its own with model_name_or_path instead"
-            )
-        tensors = state.tensors
+    def _recorded_settings(self) -> dict[str, Any]:
+        return {name: getattr(self.args, name) for name in LOSS_FIELDS}
+
+    def _default_settings(self) -> dict[str, Any]:
+        return DEFAULT_LOSS_SETTINGS
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        optimizer = {} if self._noise is None else self._noise.optimizer_state()
+        return {**self.loss_module.state_dict(), **optimizer}
+
+    def _restore_tensors(self, tensors: dict[str, Tensor], checkpoint: Path) -> None:
         if self._noise is not None:
             tensors = self._noise.restore_optimizer(tensors)
         self.loss_module.load_state_dict(tensors)
-        if self.is_world_process_zero():  # sums over all ranks; the others start from nothing
-            self._tokens_trained = state.num_tokens
-            self._window = MetricWindow(state.window)
 
-    def _loss_settings(self) -> dict[str, Any]:
-        return {name: getattr(self.args, name) for name in LOSS_FIELDS}
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Overwriting what a killed run left behind: until it is complete again it must not look so.
-        directory = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            (directory / STATE_FILE).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """After the model and the optimiser, and before old checkpoints are deleted: the rest of the state."""
-        super()._save_rng_state(output_dir)
-        state = RunState(
-            settings=self._loss_settings(),
-            num_tokens=self._total_tokens(),
-            window=self._window.over_ranks().state,
-            tensors={
-                **self.loss_module.state_dict(),
-                **({} if self._noise is None else self._noise.optimizer_state()),
-            },
-        )
-        if self.args.should_save:
-            save_run_state(Path(output_dir), state)
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        # Transformers pickles its arguments beside the weights, the Hub token among them.
-        token, self.args.hub_token = self.args.hub_token, None
-        try:
-            super()._save(output_dir, state_dict=state_dict)
-        finally:
-            self.args.hub_token = token
+    def _restore(self, checkpoint: Path) -> None:
+        if self._noise is not None:  # before the settings, which say less
+            self._noise.check_checkpoint(load_run_state(checkpoint).tensors, str(checkpoint))
+        super()._restore(checkpoint)
 
 
 def _metrics(output: PreferenceOutput) -> dict[str, float]:
@@ -655,9 +510,3 @@ def _first(output: PreferenceOutput, pairs: int) -> PreferenceOutput:
         if isinstance(value, Tensor) and value.dim() == 1
     }
     return replace(output, **kept, loss=kept["losses"].mean() + others)
-
-
-def _listed(rows: list[Tensor]) -> str:
-    numbers = [n for part in rows for n in part.tolist()]
-    more = ", …" if len(numbers) > ROWS_NAMED else ""
-    return ", ".join(map(str, numbers[:ROWS_NAMED])) + more

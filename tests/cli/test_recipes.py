@@ -8,6 +8,7 @@ import pytest
 
 from fastpo.cli import main
 from fastpo.cli.configuration import load_config
+from fastpo.trainer import PreferenceConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LLAMA, MISTRAL = "llama-3-8b-instruct", "mistral-7b-instruct"
@@ -46,7 +47,7 @@ def test_there_is_one_recipe_per_model_and_method() -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_parses_and_names_its_method(path: Path) -> None:
-    config = load_config(path)
+    config = load_config(PreferenceConfig, path)
     method = path.stem.split("-")[-1]
     assert config.loss_type == ("spin" if method == "dnpo" else method)
     assert config.method == ("dnpo" if method == "dnpo" else "preference")
@@ -58,7 +59,7 @@ def test_a_recipe_parses_and_names_its_method(path: Path) -> None:
 @pytest.mark.parametrize(("model", "method"), PUBLISHED, ids="-".join)
 def test_published_settings(model: str, method: str) -> None:
     path = RECIPES / f"{model}-{method}.yaml"
-    config = load_config(path)
+    config = load_config(PreferenceConfig, path)
     beta, ratio, tau, learning_rate = PUBLISHED[model, method]
     assert config.model_name_or_path == MODELS[model]
     assert (config.beta, config.gamma_beta_ratio) == (beta, ratio)
@@ -71,8 +72,8 @@ def test_published_settings(model: str, method: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_gamma_dpo_is_dpo_with_a_dynamic_margin(model: str) -> None:
-    dynamic = load_config(RECIPES / f"{model}-gamma-dpo.yaml")
-    fixed = load_config(RECIPES / f"{model}-dpo.yaml")
+    dynamic = load_config(PreferenceConfig, RECIPES / f"{model}-gamma-dpo.yaml")
+    fixed = load_config(PreferenceConfig, RECIPES / f"{model}-dpo.yaml")
     for name in ("model_name_or_path", "dataset", "loss_type", "beta", "learning_rate"):
         assert getattr(dynamic, name) == getattr(fixed, name)
     _check_schedule(model, "gamma-dpo")
@@ -81,7 +82,7 @@ def test_gamma_dpo_is_dpo_with_a_dynamic_margin(model: str) -> None:
 def _check_schedule(model: str, method: str) -> None:
     """METHODS' common settings; the number of devices that makes a batch of 128 stands in the comment."""
     path = RECIPES / f"{model}-{method}.yaml"
-    config = load_config(path)
+    config = load_config(PreferenceConfig, path)
     assert (config.max_length, config.max_prompt_length) == (2048, 1800)
     assert (config.num_train_epochs, config.warmup_steps) == (1, 0.1)
     assert config.lr_scheduler_type == "cosine"
@@ -96,7 +97,7 @@ def _check_schedule(model: str, method: str) -> None:
 def test_dnpo_has_the_settings_of_spin() -> None:
     """Chen et al., arXiv 2401.01335: λ, learning rate, optimiser, batch; DNPO names none of its own."""
     path = RECIPES / "zephyr-7b-dnpo.yaml"
-    config = load_config(path)
+    config = load_config(PreferenceConfig, path)
     assert config.model_name_or_path == "alignment-handbook/zephyr-7b-sft-full"
     assert (config.beta, config.optim, config.warmup_steps) == (0.1, "rmsprop", 0.1)
     assert config.learning_rate == pytest.approx(5e-7, rel=1e-12)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpo.cli import main
 from fastpo.cli.configuration import load_config
+from fastpo.trainer import PreferenceConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,11 +67,12 @@ def test_the_resolved_settings_repeat_the_run(
 
 def test_the_command_line_beats_the_file(write_config: Callable[..., Path]) -> None:
     path = write_config(warmup_steps=0.1, peft={"r": 4}, learning_rate="1e-3")
-    config = load_config(path)
+    config = load_config(PreferenceConfig, path)
     assert (config.beta, config.max_length, config.plot_loss) == (2.0, 64, True)
     assert config.learning_rate == 1e-3  # a string to PyYAML
     assert config.peft == {"r": 4}
     config = load_config(
+        PreferenceConfig,
         path,
         [
             "--beta",
@@ -86,13 +88,13 @@ def test_the_command_line_beats_the_file(write_config: Callable[..., Path]) -> N
     assert (config.beta, config.max_length, config.plot_loss) == (7.0, 32, False)
     assert config.peft == {"r": 8}
     assert config.simpo_gamma == 1.0  # what the command line leaves alone stays
-    assert load_config(None, ["--beta", "0.2"]).beta == 0.2
+    assert load_config(PreferenceConfig, None, ["--beta", "0.2"]).beta == 0.2
 
 
 def test_null_on_the_command_line_unsets_a_field(write_config: Callable[..., Path]) -> None:
     path = write_config(peft={"r": 4}, eval_dataset="x", simpo_gamma=1.0)
     nulls = ["--peft", "null", "--eval-dataset=null", "--max_length", "null", "--beta", "3"]
-    config = load_config(path, nulls)
+    config = load_config(PreferenceConfig, path, nulls)
     assert (config.peft, config.eval_dataset, config.max_length) == (None, None, None)
     assert (config.beta, config.simpo_gamma) == (3.0, 1.0)
 
@@ -119,13 +121,15 @@ def test_a_warning_is_one_line_without_a_source_path(
 def test_an_unquoted_no_in_the_file_is_the_choice_no(write_config: Callable[..., Path]) -> None:
     path = write_config()
     path.write_text(path.read_text() + "\neval_strategy: no\ngreater_is_better: no\n")
-    config = load_config(path)
+    config = load_config(PreferenceConfig, path)
     assert config.eval_strategy == "no"
     assert config.greater_is_better is False
 
 
 def test_null_and_lists_in_the_file(write_config: Callable[..., Path]) -> None:
-    config = load_config(write_config(max_length=None, report_to=[], label_names=["a", "b"]))
+    config = load_config(
+        PreferenceConfig, write_config(max_length=None, report_to=[], label_names=["a", "b"])
+    )
     assert config.max_length is None
     assert config.label_names == ["a", "b"]
 

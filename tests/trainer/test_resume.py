@@ -219,7 +219,7 @@ def test_checkpoint_overwritten_half_way_does_not_look_complete(
     shutil.rmtree(finished / "checkpoint-2")
     run = trainer(output_dir=str(finished), save_strategy="steps", save_steps=4)
     monkeypatch.setattr(run, "_save_optimizer_and_scheduler", _die)
-    monkeypatch.setattr("fastpo.trainer.trainer.find_resume_point", lambda *_: None)
+    monkeypatch.setattr("fastpo.trainer.resumable.find_resume_point", lambda *_: None)
     with pytest.raises(Interrupted):
         run.train()
     assert not (finished / "checkpoint-4" / STATE_FILE).exists()
@@ -259,7 +259,7 @@ def test_old_checkpoints_are_deleted_only_when_the_new_one_is_complete(
             raise Interrupted
         save_run_state(*arguments)
 
-    monkeypatch.setattr("fastpo.trainer.trainer.save_run_state", fail_the_second_time)
+    monkeypatch.setattr("fastpo.trainer.resumable.save_run_state", fail_the_second_time)
     with pytest.raises(Interrupted):
         run.train()
     assert find_resume_point(tmp_path / "run", "auto") == tmp_path / "run" / "checkpoint-2"
