@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from fastpo.data.formats import (
     read_columns,
     read_example_columns,
 )
+from fastpo.data.json_rows import json_rows
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _SUFFIXES = (*_JSON, ".parquet")
@@ -200,7 +201,7 @@ def _read_json(path: Path, kind: _Kind) -> datasets.Dataset:
         name: [] for name in (*kind.texts, "tools", "chat_template_kwargs")
     }
     first: tuple[str, Any] | None = None
-    for where, row in _json_rows(path):
+    for where, row in json_rows(path):
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
         texts = kind.read(row, where)
@@ -245,41 +246,5 @@ def _storable(messages: list[Message]) -> list[Message]:
     return messages
 
 
-def _call_with_text_arguments(value: dict[str, Any]) -> dict[str, Any]:
-    """As JSON text a call's arguments keep their own nulls, which read_columns takes for Arrow's."""
-    if isinstance(value.get("name"), str) and isinstance(value.get("arguments"), dict):
-        value["arguments"] = json.dumps(value["arguments"])
-    return value
-
-
 def _as_json(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value)
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, value) of every row: of one array, or of one line each."""
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
-        if head.startswith(b"["):
-            rows = _parse(file.read(), str(path), 1)
-            yield from ((f"{path}, row {k} (from 0)", row) for k, row in enumerate(rows))
-            return
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}, line {number}", _parse(line.rstrip(), str(path), number)
-
-
-def _parse(text: bytes, path: str, line: int) -> Any:
-    try:
-        value = json.loads(text.decode("utf-8-sig"), object_hook=_call_with_text_arguments)
-        if b"\\ud" in text.lower():  # an escaped half of a surrogate pair is valid JSON but no text
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except json.JSONDecodeError as error:
-        line += error.lineno - 1
-        raise ValueError(
-            f"{path}, line {line}: not valid JSON: {error.msg} at column {error.colno}"
-        ) from error
-    except UnicodeError as error:
-        raise ValueError(f"{path}, line {line}: not valid UTF-8 text: {error}") from error

@@ -28,7 +28,6 @@ def load_model(config: RunConfig, field: str = "model_name_or_path") -> PreTrain
         FileNotFoundError: a path that does not exist.
         ValueError: no name, a directory that is not a checkpoint, or a model that cannot be loaded so.
     """
-    name = checked_name(config, field)
     further: Any = config.model_init_kwargs or {}
     arguments: dict[str, Any] = {
         "dtype": config.dtype,
@@ -37,10 +36,24 @@ def load_model(config: RunConfig, field: str = "model_name_or_path") -> PreTrain
     }
     if config.attn_implementation is not None:
         arguments["attn_implementation"] = config.attn_implementation
+    return load_causal_lm(checked_name(config, field), field, arguments)
+
+
+def load_causal_lm(name: str, field: str, arguments: Mapping[str, Any]) -> PreTrainedModel:
+    """The causal LM of a checkpoint directory or Hub name.
+
+    Args:
+        name: what :func:`checked_model_name` returned.
+        field: the setting that named it, for messages.
+        arguments: of ``from_pretrained``.
+
+    Raises:
+        ValueError: it cannot be loaded so.
+    """
     try:
         return AutoModelForCausalLM.from_pretrained(name, **arguments)
     except (OSError, ValueError, TypeError, ImportError) as error:
-        attention = config.attn_implementation
+        attention = arguments.get("attn_implementation")
         options = f" with attn_implementation {attention!r}" if attention else ""
         raise ValueError(f"{field}: {name} could not be loaded{options}: {error}") from error
 
@@ -53,25 +66,40 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """
     field = "tokenizer_name_or_path" if config.tokenizer_name_or_path else "model_name_or_path"
     name = config.tokenizer_name_or_path or checked_name(config, field)
+    return load_tokenizer_of(name, field, config.chat_template, config.trust_remote_code)
+
+
+def load_tokenizer_of(
+    name: str, field: str, chat_template: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The same of a checkpoint directory or Hub name; ``chat_template`` is Jinja text or a file that holds it.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded, or there is no such template.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{field}: no tokenizer could be loaded from {name}: {error}") from error
-    if config.chat_template is not None:
-        tokenizer.chat_template = _text_or_file(config.chat_template)
+    if chat_template is not None:
+        tokenizer.chat_template = _text_or_file(chat_template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def checked_name(config: RunConfig, field: str) -> str:
-    """The model name in a field, after a look at the directory if it is one.
+    """The model name in a field of the configuration; see :func:`checked_model_name`."""
+    return checked_model_name(getattr(config, field), field)
+
+
+def checked_model_name(name: str | None, field: str) -> str:
+    """A model name, after a look at the directory if it is one.
 
     Raises:
         FileNotFoundError: a path that does not exist.
         ValueError: no name, or a directory that is not a checkpoint.
     """
-    name: str | None = getattr(config, field)
     if not name:
         raise ValueError(f"{field}: got {name!r}, expected a checkpoint directory or a Hub name")
     path = Path(name).expanduser()

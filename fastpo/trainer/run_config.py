@@ -7,9 +7,7 @@ train for. ``save_config`` writes them as YAML.
 from __future__ import annotations
 
 import inspect
-import re
 from dataclasses import MISSING, dataclass, field, fields
-from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +16,7 @@ import yaml
 from transformers import TrainingArguments
 
 from fastpo.ops.certified import BACKWARDS, DEFAULT_TOL
+from fastpo.plain_values import CREDENTIAL, plain, without_logins
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -195,7 +194,7 @@ class RunConfig(TrainingArguments):
         for name in self._mappings:
             if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a mapping")
-        if any(_CREDENTIAL.search(key) for key in self.model_init_kwargs or ()):
+        if any(CREDENTIAL.search(key) for key in self.model_init_kwargs or ()):
             raise ValueError(
                 "model_init_kwargs: holds a credential; log in with `hf auth login` or set HF_TOKEN instead"
             )
@@ -255,39 +254,20 @@ def save_config(config: RunConfig, path: Path) -> None:
     own = own_fields(type(config))
     values = {}
     for f in fields(config):
-        value = _plain(config._before_choice.get(f.name, getattr(config, f.name)))
-        hidden = not f.init or f.name in _NOT_SAVED or _CREDENTIAL.search(f.name)
+        value = plain(config._before_choice.get(f.name, getattr(config, f.name)))
+        hidden = not f.init or f.name in _NOT_SAVED or CREDENTIAL.search(f.name)
         if not hidden and (f.name in own or value != _default(f)):
             values[f.name] = value
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     versions = (
         f"fastpo {__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
     )
-    path.write_text(f"# {versions}\n{_URL_LOGIN.sub('://', text)}", encoding="utf-8")
+    path.write_text(f"# {versions}\n{without_logins(text)}", encoding="utf-8")
 
 
 # The launcher's business, and names that older transformers lack (their gradient_* twins hold the same).
 _NOT_SAVED = ("local_rank", "activation_checkpointing", "activation_checkpointing_kwargs")
-_CREDENTIAL = re.compile(r"(^|_)(token|password|secret|api_key)$")
-_URL_LOGIN = re.compile(r"://[^/\s@]+@")
 
 
 def _default(f: Any) -> Any:
-    return _plain(f.default_factory() if f.default_factory is not MISSING else f.default)
-
-
-def _plain(value: Any) -> Any:
-    """YAML types alone, mappings without their credentials."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, dict):
-        return {
-            str(k): _plain(v)
-            for k, v in value.items()
-            if not (isinstance(k, str) and _CREDENTIAL.search(k))
-        }
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if hasattr(value, "to_dict"):
-        return _plain(value.to_dict())
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
+    return plain(f.default_factory() if f.default_factory is not MISSING else f.default)

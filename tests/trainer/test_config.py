@@ -14,7 +14,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from fastpo.losses import LOSSES
 from fastpo.trainer import PreferenceConfig, build_loss
-from fastpo.trainer.config import LOSS_FIELDS, save_config
+from fastpo.trainer.config import LOSS_FIELDS
+from fastpo.trainer.run_config import save_config
 
 Settings = Callable[..., PreferenceConfig]
 OVERRIDDEN = {
