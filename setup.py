@@ -19,6 +19,7 @@ VERSION = re.search(
 EXTRAS = {
     "flash": ["flash-attn>=2.7"],
     "liger": ["liger-kernel>=0.8.5"],
+    "openai": ["openai>=2", "tenacity>=9"],
     "peft": ["peft>=0.21"],
     "bench": [
         "pytest-benchmark>=5",
@@ -31,12 +32,14 @@ EXTRAS = {
         "hypothesis>=6.100",
         "liger-kernel>=0.8.5",
         "mypy>=1.15",
+        "openai>=2",
         "peft>=0.21",
         "pytest>=8",
         "pytest-benchmark>=5",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.12",
+        "tenacity>=9",
         "trl>=1.16",
         "types-PyYAML",
     ],
@@ -55,7 +58,7 @@ setup(
         include=["fastpo", "fastpo.*"],
         exclude=["fastpo.benchmarks.results", "fastpo.benchmarks.suites"],
     ),
-    package_data={"fastpo": ["py.typed"]},
+    package_data={"fastpo": ["py.typed", "selfplay/templates/*.txt"]},
     install_requires=[
         "torch>=2.10",
         "triton>=3.5; sys_platform == 'linux'",

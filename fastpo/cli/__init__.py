@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _told_in_full(error):
             raise
-        stopped = isinstance(error, ArithmeticError)  # in the middle of a progress bar's line
+        # In the middle of a progress bar's line.
+        stopped = isinstance(error, ArithmeticError | ChildProcessError) or _is_ours(error)
         lead = "\n" if stopped else ""
         print(f"{lead}fastpo {arguments.command}: error: {_one_line(error)}", file=sys.stderr)
         return 1 if stopped else 2
@@ -68,9 +69,13 @@ def _told_in_full(error: Exception) -> bool:
         frame = frame.tb_next
     module = frame.tb_frame.f_globals.get("__name__", "") if frame else ""
     kinds = (ValueError, TypeError, ImportError, ArithmeticError)
-    return isinstance(error, OSError) or (
-        isinstance(error, kinds) and module.split(".")[0] == "fastpo"
-    )
+    ours = isinstance(error, kinds) and module.split(".")[0] == "fastpo"
+    return isinstance(error, OSError) or _is_ours(error) or ours
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the class is fastpo's own: work that stopped, of which what was finished is kept."""
+    return type(error).__module__.split(".")[0] == "fastpo"
 
 
 def _one_line(error: Exception | Warning) -> str:
@@ -92,6 +97,48 @@ _CONFIGURED = {
         "fastpo.trainer:fine_tune",
         "fine-tune a checkpoint on examples of good answers",
         _LAUNCH.format("sft"),
+    ),
+    "iterate": (
+        "fastpo.selfplay.loop_config:LoopConfig",
+        "fastpo.selfplay.loop:iterate",
+        "run SPIN, DNPO, SynPO or iterative DPO: generate, score, pair and train, again and again",
+        "A run that was stopped goes on with the same command.\n",
+    ),
+    "generate": (
+        "fastpo.selfplay.generate:GenerateConfig",
+        "fastpo.selfplay.generate:generate",
+        "have a model answer a file of prompts",
+        "",
+    ),
+    "score": (
+        "fastpo.selfplay.score:ScoreConfig",
+        "fastpo.selfplay.score:score",
+        "give every response of a file a score",
+        "",
+    ),
+    "pairs": (
+        "fastpo.selfplay.pairs:PairsConfig",
+        "fastpo.selfplay.pairs:make_pairs",
+        "make preference pairs of scored responses",
+        "",
+    ),
+    "prompts": (
+        "fastpo.selfplay.synpo:PromptsConfig",
+        "fastpo.selfplay.synpo:make_prompts",
+        "make prompts from the keywords of a corpus (SynPO)",
+        "",
+    ),
+    "improve": (
+        "fastpo.selfplay.synpo:ImproveConfig",
+        "fastpo.selfplay.synpo:improve",
+        "have an improver rewrite responses (SynPO)",
+        "",
+    ),
+    "eval-export": (
+        "fastpo.selfplay.export:ExportConfig",
+        "fastpo.selfplay.export:export",
+        "write responses in AlpacaEval's format, and the commands of the papers' benchmarks",
+        "",
     ),
 }
 
@@ -146,6 +193,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="stop before training: write the fine-tuned checkpoint DIR/model and the pairs DIR/train.jsonl, "
         "for `fastpo train` with recipes/cpu-gamma-simpo.yaml",
+    )
+    demo.add_argument(
+        "--prepare-loop",
+        type=Path,
+        metavar="DIR",
+        help="stop before training: write a checkpoint, seeds, a corpus and templates into DIR, for "
+        "`fastpo iterate` with recipes/cpu-*-loop.yaml",
     )
     demo.set_defaults(run=_demo)
 
@@ -243,6 +297,14 @@ def _imported(name: str) -> Any:
 def _demo(arguments: argparse.Namespace, rest: list[str]) -> int:
     from fastpo.demo.run import prepare, run_demo
 
+    if arguments.prepare_loop is not None:
+        from fastpo.demo.words import prepare_loop
+
+        if arguments.output_dir or arguments.prepare or len(arguments.seeds or [0]) > 1:
+            raise ValueError("--prepare-loop: takes one seed, and no --output-dir or --prepare")
+        made = prepare_loop(arguments.prepare_loop, (arguments.seeds or [0])[0], arguments.scale)
+        print(f"{made}: model, seeds.jsonl, corpus.txt and SynPO's templates")
+        return 0
     if arguments.prepare is None:
         output_dir = arguments.output_dir or Path("runs", strftime("demo-%Y%m%d-%H%M%S"))
         run_demo(output_dir, seeds=arguments.seeds or [0, 1], scale=arguments.scale)

@@ -62,6 +62,9 @@ def load_config(
         reader.take_values(_read_yaml(Path(path)), settings, str(path))
     rest = reader.take_entries(overrides, settings)
     reader.take_arguments(reader.take_nulls(rest, settings), settings, "command line")
+    for name in reader.required:
+        if not hasattr(settings, name):
+            raise ValueError(f"{name}: expected a value, in the file or as --{name}")
     try:
         return config_class(**vars(settings))
     except (TypeError, ValueError, ImportError) as error:
@@ -101,6 +104,11 @@ class _Reader:
     def __init__(self, config_class: type, command: str) -> None:
         self.command = command
         self.names = [f.name for f in dataclasses.fields(config_class) if f.init]
+        self.required = [
+            f.name
+            for f in dataclasses.fields(config_class)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
         self.hints = typing.get_type_hints(config_class)
         self.parser = HfArgumentParser(
             config_class, add_help=False, allow_abbrev=False, exit_on_error=False

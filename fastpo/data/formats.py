@@ -154,7 +154,7 @@ def read_columns(row: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
             present = ", ".join(repr(key) for key, value in row.items() if value is not None)
             raise ValueError(f"{where}: no {name!r} (the row has {present or 'nothing'})")
     prompt, chosen, rejected = (
-        _text_or_messages(row.get(name), name, where) for name in ("prompt", "chosen", "rejected")
+        text_or_messages(row.get(name), name, where) for name in ("prompt", "chosen", "rejected")
     )
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError(
@@ -179,7 +179,7 @@ def read_example_columns(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
             assistant's.
     """
     if row.get("messages") is not None:
-        messages = _text_or_messages(row["messages"], "messages", where)
+        messages = text_or_messages(row["messages"], "messages", where)
         if not isinstance(messages, list):
             raise ValueError(f"{where}: messages must be a list of messages, got a string")
         if not messages or messages[-1]["role"] != "assistant":
@@ -190,7 +190,7 @@ def read_example_columns(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
             present = ", ".join(repr(key) for key, value in row.items() if value is not None)
             raise ValueError(f"{where}: no {name!r} (the row has {present or 'nothing'})")
     prompt, completion = (
-        _text_or_messages(row[name], name, where) for name in ("prompt", "completion")
+        text_or_messages(row[name], name, where) for name in ("prompt", "completion")
     )
     if isinstance(prompt, list) and isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
@@ -242,7 +242,12 @@ def _split_conversation(
     return prompt + chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _text_or_messages(value: Any, name: str, where: str) -> str | list[Message] | None:
+def text_or_messages(value: Any, name: str, where: str) -> str | list[Message] | None:
+    """A string, None, or a list of messages in their normal form.
+
+    Raises:
+        ValueError: anything else; ``where`` and ``name`` say what it was.
+    """
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, Mapping) and "role" in value and not isinstance(value["role"], str):

@@ -1,12 +1,14 @@
 """The demo's model and tokenizer, both made on the spot: nothing is downloaded.
 
-The tokenizer has one token per printable ASCII character, so that an answer's tokens are its characters;
-the model is a Llama of about 0.6 M parameters.
+The tokenizer has one token per printable ASCII character, so that an answer's tokens are its characters, and
+one for each word that it is given; the model is a Llama of about 0.6 M parameters.
 """
 
 from __future__ import annotations
 
+import re
 import string
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,8 +33,10 @@ CHAT_TEMPLATE = (
 
 def build_tokenizer(
     characters: str = string.printable[:95] + "\n",
+    words: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
-    """A character tokenizer with pad, bos, eos, unk, role tokens and a chat template.
+    """A tokenizer of words, where they stand, and characters, with pad, bos, eos, unk, role tokens and a chat
+    template.
 
     It adds no bos or eos of its own; the chat template writes bos first and eos after every assistant turn.
     Characters outside `characters` become unk. Padding is on the right.
@@ -41,9 +45,11 @@ def build_tokenizer(
     from transformers import PreTrainedTokenizerFast
 
     special = [*SPECIAL_TOKENS.values(), *ROLE_TOKENS]
-    vocab = {token: i for i, token in enumerate([*special, *characters])}
+    vocab = {token: i for i, token in enumerate([*special, *characters, *words])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token=SPECIAL_TOKENS["unk_token"]))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    # The longest word that fits comes first.
+    pieces = [*map(re.escape, sorted(words, key=len, reverse=True)), r"[\s\S]"]
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(pieces)), behavior="isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -60,7 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Matrices this small gain little from a second thread, and lose much where the cores are shared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -94,7 +94,7 @@ def run_demo(output_dir: Path, *, seeds: list[int], scale: float = 1.0) -> list[
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: got {seeds}, expected at least one, each once")
-    _claim(output_dir)
+    claim(output_dir)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(
         f"fastpo demo on {device}: sort five digits; everything is kept in {output_dir}", flush=True
@@ -134,7 +134,7 @@ def run_seed(directory: Path, seed: int, scale: float = 1.0) -> SeedResult:
     return SeedResult(seed, pairs, before, after, seconds)
 
 
-@_one_thread()
+@one_thread()
 def prepare(directory: Path, seed: int, scale: float = 1.0) -> tuple[list[Problem], int]:
     """Write a fine-tuned checkpoint `model/` and preference pairs `train.jsonl` into `directory`.
 
@@ -146,7 +146,7 @@ def prepare(directory: Path, seed: int, scale: float = 1.0) -> tuple[list[Proble
     """
     if not scale > 0:
         raise ValueError(f"scale: got {scale}, expected a number > 0")
-    _claim(directory)
+    claim(directory)
     sizes = [SFT_EXAMPLES, PROBLEMS_PER_PAIR * PAIRS, TEST_PROBLEMS]
     sft, sources, test = draw_problems(*(max(8, round(scale * n)) for n in sizes), seed=seed)
     tokenizer = build_tokenizer()
@@ -154,20 +154,20 @@ def prepare(directory: Path, seed: int, scale: float = 1.0) -> tuple[list[Proble
     fine_tune(model, tokenizer, annotate(sft, seed=seed))
     answers = answer(model, tokenizer, sources, sample_seed=seed)
     rows = build_pairs(sources, answers, count=len(sources) // PROBLEMS_PER_PAIR, seed=seed)
-    with _log_to(directory / "prepare.log"):
+    with log_to(directory / "prepare.log"):
         model.save_pretrained(directory / "model")
         tokenizer.save_pretrained(directory / "model")
     write_pairs(directory / "train.jsonl", rows)
     return test, len(rows)
 
 
-@_one_thread()
+@one_thread()
 def train_method(start: Path, run_dir: Path, settings: dict[str, Any], seed: int) -> None:
     """Train the checkpoint in `start` on its pairs, with `settings` over `TRAINING`; prints to `train.log`."""
     from fastpo.trainer import PreferenceConfig, train
 
     run_dir.mkdir()
-    with _log_to(run_dir / "train.log"):
+    with log_to(run_dir / "train.log"):
         config = PreferenceConfig(
             output_dir=str(run_dir),
             model_name_or_path=str(start / "model"),
@@ -178,10 +178,10 @@ def train_method(start: Path, run_dir: Path, settings: dict[str, Any], seed: int
         train(config)
 
 
-@_one_thread()
+@one_thread()
 def score(checkpoint: Path, problems: list[Problem]) -> float:
     """Exact match of a checkpoint directory on `problems`."""
-    with _log_to(Path(os.devnull)):
+    with log_to(Path(os.devnull)):
         model = AutoModelForCausalLM.from_pretrained(checkpoint).to(_device()).eval()
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     return exact_match(model, tokenizer, problems)
@@ -202,7 +202,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _claim(directory: Path) -> None:
+def claim(directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"output directory: {directory} is not empty; name a new one")
     directory.mkdir(parents=True, exist_ok=True)
@@ -216,7 +216,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _log_to(path: Path) -> Iterator[None]:
+def log_to(path: Path) -> Iterator[None]:
     """Progress bars and log lines go to a file, so that the demo's own lines can be read."""
     with (
         path.open("a", encoding="utf-8") as log,

@@ -23,13 +23,15 @@ def fine_tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: list[tuple[str, str]],
+    *,
+    learning_rate: float = LEARNING_RATE,
 ) -> None:
     """One pass of AdamW over (prompt, answer) examples, in order; only answer tokens are trained on.
 
     The learning rate rises over the first 20 steps and falls to 0 over the last 30 %.
     """
     steps = max(1, len(examples) // BATCH_SIZE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 1, (steps - step) / (0.3 * steps))
     )

@@ -71,7 +71,7 @@ class Manifest:
             "paths": self.paths,
             "counts": self.counts,
             "output_sha256": self.output_sha256,
-            "seconds": round(self.seconds, 3),
+            "seconds": self.seconds,
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
         }

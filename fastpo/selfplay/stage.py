@@ -20,10 +20,10 @@ import shutil
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -90,6 +90,7 @@ def run_stage(
     work: Work,
     *,
     seed: int = 0,
+    keep_columns: bool = True,
     quiet: bool = False,
 ) -> Manifest:
     """Run a stage whose rows are those of the input ``rows``, or find it done.
@@ -97,10 +98,11 @@ def run_stage(
     Args:
         stage: its name.
         output: the JSONL or Parquet file to write.
-        inputs: files by name; the rows are those of ``rows``, and keep all their columns.
+        inputs: files by name; the rows are those of ``rows``.
         settings: everything that decides the results, plain values; the seed is added.
         work: how rows become results.
         seed: of the run.
+        keep_columns: rows keep their columns beside the new ones.
         quiet: no progress bar and no line about the outcome.
 
     Returns:
@@ -130,13 +132,61 @@ def run_stage(
         journal.load(total)
         _do(stage, rows, total, work, journal, seed, quiet)
         counts = Counter({"in": total, "out": 0, **journal.counts})
-        write_rows(output, journal.merged(read_rows(rows), counts))
-        paths = {name: str(path) for name, path in inputs.items()}
-        manifest = Manifest(identity, dict(counts), sha256(output), time.monotonic() - start, paths)
-        manifest.save(output)
+        write_rows(output, journal.merged(read_rows(rows), counts, keep_columns))
+        manifest = _finish(output, identity, counts, inputs, start, quiet)
         journal.remove()
+    return manifest
+
+
+def write_stage(
+    stage: str,
+    output: Path,
+    inputs: Mapping[str, Path],
+    settings: Mapping[str, Any],
+    make: Callable[[Counter[str]], Iterable[Row]],
+    *,
+    quiet: bool = False,
+) -> Manifest:
+    """A stage that is quickly made as a whole, or found done.
+
+    Args:
+        stage, output, inputs, settings, quiet: as for :func:`run_stage`.
+        make: makes the rows, and counts what became of the others.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`run_stage`.
+    """
+    check_writable(output)
+    for path in inputs.values():
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {str(path)!r}")
+    identity = Identity(stage, {k: sha256(v) for k, v in inputs.items()}, settings).to_dict()
+    found = finished(output, identity)
+    if found is not None:
+        return found
+    start = time.monotonic()
+    _partial(output).mkdir(parents=True, exist_ok=True)  # an output beside it is ours
+    counts: Counter[str] = Counter()
+    counts["out"] = write_rows(output, make(counts))
+    manifest = _finish(output, identity, counts, inputs, start, quiet)
+    shutil.rmtree(_partial(output))
+    return manifest
+
+
+def _finish(
+    output: Path,
+    identity: dict[str, Any],
+    counts: Mapping[str, int],
+    inputs: Mapping[str, Path],
+    start: float,
+    quiet: bool,
+) -> Manifest:
+    paths = {name: str(path) for name, path in inputs.items()}
+    seconds = round(time.monotonic() - start, 3)
+    manifest = Manifest(identity, dict(counts), sha256(output), seconds, paths)
+    manifest.save(output)
     if not quiet:
-        print(f"{output}: {summary(manifest.counts)}", flush=True)
+        print(f"{output}: {summary(counts)}", flush=True)
     return manifest
 
 
@@ -154,7 +204,7 @@ def finished(output: Path, identity: Mapping[str, Any]) -> Manifest | None:
                 f"output: {output} exists and has no manifest, so fastpo did not make it; expected a new file"
             )
         return None
-    _refuse_other(output, manifest.identity, identity)
+    refuse_other(output, manifest.identity, identity)
     if not output.is_file():
         raise ValueError(
             f"output: {output} is gone, but its manifest is there; delete that to make it again"
@@ -163,10 +213,11 @@ def finished(output: Path, identity: Mapping[str, Any]) -> Manifest | None:
         raise ValueError(
             f"output: {output} was changed since it was made; delete it and its manifest to make it again"
         )
+    shutil.rmtree(_partial(output), ignore_errors=True)  # of a process killed at its very end
     return manifest
 
 
-def _refuse_other(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_other(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = differences(before, now)
     if changed:
         raise ValueError(
@@ -181,7 +232,8 @@ def _partial(output: Path) -> Path:
 
 def summary(counts: Mapping[str, int]) -> str:
     """Counts in words: ``120 rows of 130; dropped: empty 10``."""
-    text = f"{counts['out']} rows of {counts['in']}"
+    of_all = f" of {counts['in']}" if "in" in counts else ""
+    text = f"{counts['out']} rows{of_all}"
     others = {name: n for name, n in counts.items() if name not in ("in", "out") and n}
     return text + (f"; {', '.join(f'{name} {n}' for name, n in others.items())}" if others else "")
 
@@ -203,7 +255,12 @@ def _do(
     tokens, start = 0, time.monotonic()
     pending = _pending(read_rows(rows), work, journal, seed, stage)
     with tqdm(
-        total=total, initial=journal.done, desc=stage, unit="row", disable=quiet, dynamic_ncols=True
+        total=total,
+        initial=journal.done,
+        desc=stage,
+        unit="row",
+        disable=quiet or None,
+        dynamic_ncols=True,
     ) as bar:
         results = work.run(pending, counts)
         for result in results:
@@ -262,17 +319,12 @@ class _Journal:
 
     def __enter__(self) -> _Journal:
         self.directory.mkdir(exist_ok=True)
-        self._lock = (self.directory / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise ValueError(f"output: another process is at work on {self.output}") from error
+        self._lock = lock(self.directory / "lock", self.output)
         try:
             file = self.directory / "identity.json"
             if file.is_file():
                 before = json.loads(file.read_text(encoding="utf-8"))
-                _refuse_other(self.directory, before, self.identity)
+                refuse_other(self.directory, before, self.identity)
             else:
                 with replaced(file) as whole:
                     whole.write(json_line(self.identity))
@@ -315,7 +367,9 @@ class _Journal:
         self.counts.update(counts)
         self._append({"c": dict(counts)})
 
-    def merged(self, rows: Iterator[tuple[str, Row]], counts: Counter[str]) -> Iterator[Row]:
+    def merged(
+        self, rows: Iterator[tuple[str, Row]], counts: Counter[str], keep_columns: bool
+    ) -> Iterator[Row]:
         """The rows with their new columns, in order; those that are left out are counted by reason."""
         self._file.flush()
         for number, (_, row) in enumerate(rows):
@@ -325,7 +379,7 @@ class _Journal:
                 counts[entry["d"]] += 1
             else:
                 counts["out"] += 1
-                yield {**row, **entry["r"]}
+                yield {**row, **entry["r"]} if keep_columns else entry["r"]
 
     def remove(self) -> None:
         shutil.rmtree(self.directory)
@@ -343,6 +397,21 @@ class _Journal:
             os.fsync(self._file.fileno())
             self._synced = now
         return place
+
+
+def lock(path: Path, output: Path) -> IO[str]:
+    """An open file that no other process has locked; closing it, or the end of the process, lets go.
+
+    Raises:
+        ValueError: another process is at work on ``output``.
+    """
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ValueError(f"output: another process is at work on {output}") from error
+    return file
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:

@@ -17,7 +17,8 @@ from transformers import GenerationConfig
 from fastpo.selfplay.manifest import model_revision, text_sha256
 from fastpo.trainer.model import checked_model_name, load_causal_lm, load_tokenizer_of
 
-from .base import Completion, EngineError, Prompt, Refused, RequestBatch, Sampling
+from .base import Completion, Prompt, Refused, RequestBatch, Sampling
+from .prompt_ids import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,30 +131,14 @@ class TransformersEngine:
 
     def _prompt_ids(self, prompt: Prompt, number: int, sampling: Sampling) -> list[int] | None:
         """None: too long."""
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-            eos = self.tokenizer.eos_token_id
-            ids = (
-                ids[:-1] if len(ids) > 1 and ids[-1] == eos else ids
-            )  # tokenizers that end every text
-        elif not self.tokenizer.chat_template:
-            raise EngineError(
-                f"engine.chat_template: the prompt of row {number} is a conversation, but the tokenizer of "
-                f"{self.name} has no chat template; set it to the model's Jinja template"
-            )
-        else:
-            ids = self.tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_dict=False
-            )
-        if not ids:
-            raise EngineError(f"the prompt of row {number} has no token")
+        ids = prompt_ids(self.tokenizer, prompt, number, self.name)
         limit = self.max_prompt_tokens
         if limit is None:
             positions = getattr(
                 self.model.config.get_text_config(), "max_position_embeddings", None
             )
             limit = None if positions is None else positions - sampling.max_tokens
-        return None if limit is not None and len(ids) > limit else list(ids)
+        return None if limit is not None and len(ids) > limit else ids
 
     def _complete(
         self, prompts: list[list[int]], seed: int, sampling: Sampling

@@ -28,8 +28,8 @@ class ScorerSettings:
         batch_size: reward_model, ranker, logprob: sequences in one forward.
         dtype: reward_model, ranker, logprob: of the weights: auto (as stored), float32, bfloat16, float16.
         device: reward_model, ranker, logprob: cpu, cuda, …; None: an accelerator if there is one.
-        max_length: reward_model, ranker, logprob: tokens of prompt and answer; longer ones lose the beginning of
-            the prompt. None: what the model allows.
+        max_length: reward_model, ranker, logprob: tokens of prompt and answer; longer ones lose the beginning
+            of the prompt. None: what the model allows.
         chat_template: reward_model, logprob: Jinja text or a file that holds it; None: the tokenizer's own.
         trust_remote_code: reward_model, ranker, logprob: run Python code that comes with a model.
         engine: judge: settings of its engine, see :class:`~fastpo.selfplay.engines.EngineSettings`.

@@ -1,0 +1,291 @@
+"""``LoopConfig``: every setting of ``fastpo iterate``, checked before anything is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .engines import EngineSettings, Sampling, make_engine
+from .pairs import PairsConfig
+from .rows import check_readable
+from .scorers import ScorerSettings
+from .settings import from_mapping
+from .training import check_training_settings
+
+METHODS = ("spin", "dnpo", "synpo", "dpo")
+# What a method trains with unless ``train`` says otherwise.
+TRAIN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "spin": {"loss_type": "spin"},
+    "dnpo": {"loss_type": "spin", "method": "dnpo"},
+    "synpo": {"loss_type": "simpo"},
+    "dpo": {"loss_type": "dpo"},
+}
+MIXED = {"spin": 2, "dnpo": 2, "dpo": 1}  # iterations whose pairs are trained on together
+OF_SYNPO = (
+    "corpus",
+    "prompts_per_iteration",
+    "sft",
+    "improver_threshold",
+    "generator_template",
+    "improver_template",
+    "stopwords",
+)
+# Fields that may differ in a run that goes on: how far it goes, and where it is computed.
+MAY_CHANGE = ("iterations", "launcher", "isolate")
+
+
+@dataclass
+class LoopConfig:
+    """Settings of ``fastpo iterate``."""
+
+    method: str = field(
+        metadata={
+            "help": "spin (given answer over the model's own), dnpo (the better of both, with trainable "
+            "noise), synpo (synthetic prompts and improved answers), dpo (best over worst of several answers)"
+        }
+    )
+    model_name_or_path: str = field(
+        metadata={"help": "checkpoint directory or Hub name that the loop starts from"}
+    )
+    seeds: str = field(
+        metadata={
+            "help": "JSONL or Parquet of prompt and completion, or messages; method dpo needs prompts alone"
+        }
+    )
+    output_dir: str = field(metadata={"help": "directory of the loop; a second run goes on there"})
+    iterations: int = field(default=3, metadata={"help": "≥ 1"})
+    held_out: int = field(
+        default=256,
+        metadata={
+            "help": "seed rows that are drawn to evaluate every model on, and not trained on; 0: none"
+        },
+    )
+    engine: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "transformers or vllm and its settings, as for fastpo generate; without model"
+        },
+    )
+    sampling: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "as for fastpo generate; method dpo needs n ≥ 2"},
+    )
+    eval_sampling: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "of the held-out prompts; unset: sampling with n 1"}
+    )
+    scorer: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "as for fastpo score; spin needs none, but then nothing is evaluated by it"
+        },
+    )
+    threshold: float = field(
+        default=0.0,
+        metadata={"help": "a pair is kept if its scores differ by more (dnpo, synpo, dpo); ≥ 0"},
+    )
+    max_repetition: float = field(default=1.0, metadata={"help": "as for fastpo pairs; SynPO: 0.5"})
+    max_pairs: int | None = field(
+        default=None, metadata={"help": "that an iteration adds; unset: all. SynPO: 10000"}
+    )
+    mix_iterations: int | None = field(
+        default=None,
+        metadata={
+            "help": "the last so many iterations' pairs are trained on; unset: 2 (spin, dnpo), 1 (dpo). "
+            "synpo trains on all"
+        },
+    )
+    train: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "fields of fastpo train, without model, dataset and output_dir"},
+    )
+    search: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "fields of train → lists of values: each combination is trained, and the best on the "
+            "held-out prompts goes on; SynPO: {beta: [2, 4, 6, 8, 10, 12]}"
+        },
+    )
+    sft: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "synpo: fields of fastpo sft, for prompt generator and improver"},
+    )
+    corpus: str | None = field(
+        default=None,
+        metadata={"help": "synpo: text whose paragraphs give keywords; see fastpo prompts"},
+    )
+    prompts_per_iteration: int | None = field(
+        default=None,
+        metadata={"help": "synpo: keyword lists drawn in an iteration; paper: 36000 to 72000"},
+    )
+    improver_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "synpo: a seed's answer must be scored better than the model's own by more; unset: "
+            "threshold"
+        },
+    )
+    generator_template: str | None = field(
+        default=None,
+        metadata={"help": "synpo: file of the prompt generator's prompt; unset: fastpo's"},
+    )
+    improver_template: str | None = field(
+        default=None, metadata={"help": "synpo: file of the improver's prompt; unset: fastpo's"}
+    )
+    stopwords: str | None = field(
+        default=None,
+        metadata={"help": "synpo: file of words that are no keywords; unset: English ones"},
+    )
+    chat: bool | None = field(
+        default=None,
+        metadata={
+            "help": "prompts that are text are the user's turn; unset: if the model has a chat template"
+        },
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "before conversations that have none"}
+    )
+    launcher: str | None = field(
+        default=None,
+        metadata={
+            "help": "starts training on several devices, e.g. accelerate launch --num_processes 8; unset: in "
+            "this process"
+        },
+    )
+    isolate: bool | None = field(
+        default=None,
+        metadata={
+            "help": "run generation and scoring in processes of their own, which give the GPU back; unset: "
+            "with vllm"
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "of everything that is drawn"})
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: got {self.method!r}, expected one of {', '.join(METHODS)}")
+        for name, least in (
+            ("iterations", 1),
+            ("held_out", 0),
+            ("mix_iterations", 1),
+            ("prompts_per_iteration", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: got {value}, expected an integer ≥ {least}")
+        PairsConfig(
+            "",
+            "",
+            threshold=self.threshold,
+            max_repetition=self.max_repetition,
+            max_pairs=self.max_pairs,
+        )
+        for name in ("engine", "sampling", "eval_sampling", "scorer", "train", "search", "sft"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a mapping")
+        self._check_making()
+        check_training_settings("train", self.train_settings, "train")
+        self._check_search()
+        self._check_synpo()
+
+    def _check_making(self) -> None:
+        """Engine, sampling and scorer."""
+        if self.engine_settings.kind == "openai":
+            raise ValueError(
+                "engine.kind: got 'openai', expected transformers or vllm: the loop's models are directories "
+                "that a server would have to load in every iteration"
+            )
+        if self.engine_settings.model is not None:
+            raise ValueError("engine.model: the loop sets it")
+        of_training = self.sampling_settings
+        if self.method == "dpo" and of_training.n < 2:
+            raise ValueError(
+                f"sampling.n: got {of_training.n}, expected ≥ 2 with method 'dpo', which compares a prompt's "
+                "answers"
+            )
+        if self.method != "dpo" and of_training.n != 1:
+            raise ValueError(
+                f"sampling.n: got {of_training.n}, expected 1 with method {self.method!r}"
+            )
+        if self.eval_sampling_settings.n != 1:
+            raise ValueError(f"eval_sampling.n: got {self.eval_sampling_settings.n}, expected 1")
+        if self.scorer is None and self.method != "spin":
+            raise ValueError(
+                f"scorer: got None, expected one: method {self.method!r} compares answers"
+            )
+        self.scorer_settings  # noqa: B018  (it checks)
+
+    def _check_search(self) -> None:
+        for name, values in (_mapping(self.search) or {}).items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"search.{name}: got {values!r}, expected a list of values")
+            for value in values:
+                check_training_settings(
+                    "train", {**self.train_settings, name: value}, f"search.{name}"
+                )
+        if self.search and (self.scorer is None or not self.held_out):
+            raise ValueError("search: needs a scorer and held_out > 0 to choose by")
+
+    def _check_synpo(self) -> None:
+        if self.method != "synpo":
+            for name in OF_SYNPO:
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: has no effect with method {self.method!r}")
+            return
+        for name in ("corpus", "prompts_per_iteration"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}: got None, expected one with method 'synpo'")
+        if self.mix_iterations is not None:
+            raise ValueError(
+                "mix_iterations: has no effect with method 'synpo', which trains on all pairs"
+            )
+        check_training_settings("sft", _mapping(self.sft), "sft")
+
+    def check_files(self) -> None:
+        """Raise where a file or model that the loop needs is not there."""
+        check_readable(Path(self.seeds))
+        for name in ("corpus", "generator_template", "improver_template", "stopwords"):
+            value = getattr(self, name)
+            if value is not None and not Path(value).is_file():
+                raise FileNotFoundError(f"{name}: no file {value!r}")
+        make_engine(self.engine_settings, self.model_name_or_path)
+
+    @property
+    def engine_settings(self) -> EngineSettings:
+        return from_mapping(EngineSettings, _mapping(self.engine), "engine")
+
+    @property
+    def sampling_settings(self) -> Sampling:
+        return from_mapping(Sampling, _mapping(self.sampling), "sampling")
+
+    @property
+    def eval_sampling_settings(self) -> Sampling:
+        if self.eval_sampling is None:
+            values = {**(_mapping(self.sampling) or {}), "n": 1}
+            return from_mapping(Sampling, values, "sampling")
+        return from_mapping(Sampling, _mapping(self.eval_sampling), "eval_sampling")
+
+    @property
+    def scorer_settings(self) -> ScorerSettings | None:
+        if self.scorer is None:
+            return None
+        return from_mapping(ScorerSettings, _mapping(self.scorer), "scorer")
+
+    @property
+    def train_settings(self) -> dict[str, Any]:
+        """Fields of ``PreferenceConfig``, with the method's defaults."""
+        return {**TRAIN_DEFAULTS[self.method], **(_mapping(self.train) or {})}
+
+    @property
+    def mixed(self) -> int:
+        """Iterations whose pairs are trained on together."""
+        return MIXED[self.method] if self.mix_iterations is None else self.mix_iterations
+
+    @property
+    def isolated(self) -> bool:
+        """Whether models are run in processes of their own."""
+        return self.engine_settings.kind == "vllm" if self.isolate is None else self.isolate
+
+
+def _mapping(value: Any) -> dict[str, Any] | None:
+    return value if isinstance(value, dict) else None

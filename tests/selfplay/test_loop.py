@@ -1,0 +1,512 @@
+"""Whole loops: every method on a tiny model, books kept by hand, resumed, refused, spread over processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from selfplay_files import ScriptedEngine, read_jsonl, write_jsonl
+
+from fastpo.cli import main
+from fastpo.demo.words import draw_word_problems, prepare_loop
+from fastpo.selfplay import generate as generate_module
+from fastpo.selfplay import loop as loop_module
+from fastpo.selfplay import loop_config, training
+from fastpo.selfplay import score as score_module
+from fastpo.selfplay.engines.transformers_engine import TransformersEngine
+from fastpo.selfplay.loop import iterate
+from fastpo.selfplay.loop_config import LoopConfig
+from fastpo.selfplay.manifest import load_manifest
+from fastpo.trainer import PreferenceConfig
+
+TRAIN: dict[str, Any] = {
+    "beta": 0.3, "learning_rate": 1e-3, "per_device_train_batch_size": 8, "max_length": 64, "max_steps": 3,
+    "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "use_cpu": True,
+}  # fmt: skip
+SFT = {**{k: v for k, v in TRAIN.items() if k != "beta"}, "max_length": 128, "max_steps": 4}
+OWN: dict[str, dict[str, Any]] = {
+    "spin": {"scorer": None},
+    "dnpo": {},
+    "dpo": {"sampling": {"max_tokens": 12, "n": 3, "temperature": 1.5}},
+    "synpo": {"sft": SFT, "prompts_per_iteration": 60, "max_repetition": 0.9},
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``fastpo demo --prepare-loop`` writes, at a fiftieth of its size; the model knows nearly nothing."""
+    torch.set_num_threads(1)
+    return prepare_loop(tmp_path_factory.mktemp("loop") / "start", seed=1, scale=0.02)
+
+
+@pytest.fixture
+def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A scorer that gives random-looking texts different scores."""
+    (tmp_path / "loop_rules.py").write_text(
+        "def score(prompt, response, row):\n    return sum(map(ord, response)) % 97 / 97\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return "loop_rules:score"
+
+
+@pytest.fixture
+def settings(start: Path, tmp_path: Path, rules: str) -> Callable[..., dict[str, Any]]:
+    def make(method: str, **changes: Any) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            "method": method, "model_name_or_path": str(start / "model"), "seeds": str(start / "seeds.jsonl"),
+            "output_dir": str(tmp_path / method), "iterations": 2, "held_out": 8, "seed": 3,
+            "engine": {"batch_size": 8, "device": "cpu"}, "sampling": {"max_tokens": 12, "temperature": 1.5},
+            "eval_sampling": {"max_tokens": 12}, "scorer": {"kind": "callable", "function": rules},
+            "train": TRAIN,
+        }  # fmt: skip
+        if method == "synpo":
+            values |= {
+                "corpus": str(start / "corpus.txt"),
+                "generator_template": str(start / "generator.txt"),
+                "improver_template": str(start / "improver.txt"),
+            }
+        return values | OWN[method] | changes
+
+    return make
+
+
+def run(values: dict[str, Any]) -> Path:
+    return iterate(LoopConfig(**values))
+
+
+def weights(model: Path) -> torch.Tensor:
+    return load_file(model / "model.safetensors")["lm_head.weight"]
+
+
+@pytest.fixture
+def tagged_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt generator of so small a model writes no tags: every text of its is taken for a question."""
+    from fastpo.selfplay import synpo
+
+    words = [problem.prompt for problem in draw_word_problems(400, seed=9)[0]]
+    questions = iter(words)
+    monkeypatch.setattr(synpo, "parse_generated", lambda text: (next(questions), ""))
+
+
+@pytest.mark.parametrize("method", ["spin", "dnpo", "dpo", "synpo"])
+def test_a_loop_of_two_iterations(
+    method: str, settings: Callable[..., Any], start: Path, tagged_prompts: None
+) -> None:
+    last = run(settings(method))
+    root = last.parents[1]
+    assert last == root / "iteration-2/model"
+    models = [start / "model", root / "iteration-1/model", last]
+    heads = [weights(model) for model in models]
+    assert not torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[1], heads[2])
+    pairs = [read_jsonl(root / f"iteration-{k}/pairs.jsonl") for k in (1, 2)]
+    assert all(pairs)
+    mixed = read_jsonl(root / "iteration-2/dataset.jsonl")
+    assert mixed == (pairs[1] if method == "dpo" else [*pairs[0], *pairs[1]])
+    trained = load_manifest(last).identity["settings"]
+    expected_start = models[0] if method == "synpo" else models[1]
+    other_start = load_manifest(models[1]).identity["settings"]["start"]
+    assert (trained["start"] == other_start) == (expected_start == models[0])
+    assert trained["loss_type"] == {"dpo": "dpo", "synpo": "simpo"}.get(method, "spin")
+    assert trained.get("method") == ("dnpo" if method == "dnpo" else None)
+    seeds, held_out = (read_jsonl(root / f"seeds/{name}.jsonl") for name in ("train", "held_out"))
+    assert len(held_out) == 8
+    assert not {json.dumps(r["prompt"]) for r in seeds} & {
+        json.dumps(r["prompt"]) for r in held_out
+    }
+    report = json.loads((root / "report.json").read_text())
+    assert [entry["iteration"] for entry in report["evaluation"]] == [0, 1, 2]
+    assert (root / "report.md").read_text().startswith(f"# {method} from ")
+    if method != "spin":
+        assert report["best_iteration"] in (0, 1, 2)
+        assert 0 <= report["evaluation"][2]["win_rate_first"]["rate"] <= 1
+        assert (root / "scores.png").stat().st_size > 5000
+    if method == "dnpo":
+        assert report["iterations"][0]["generated_winners"] == pytest.approx(
+            sum(p["chosen_source"] == "response 0" for p in pairs[0]) / len(pairs[0])
+        )
+    if method == "synpo":
+        assert all(p["chosen_source"] == "response 0" for p in mixed)
+        made = {json.dumps(p["prompt"]) for p in mixed}
+        assert not made & {json.dumps(r["prompt"]) for r in [*seeds, *held_out]}
+    assert not list(root.rglob("*.partial"))
+
+
+def test_run_again_nothing_is_made_and_more_iterations_go_on(
+    settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = settings("dnpo")
+    root = run(values).parents[1]
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*.jsonl")}
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "_complete", lambda *_: 1 / 0)
+        patch.setattr(training, "_run_here", lambda *_: 1 / 0)
+        run(values)
+    assert {p: p.stat().st_mtime_ns for p in root.rglob("*.jsonl")} == before
+    assert run({**values, "iterations": 3}) == root / "iteration-3/model"
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    report = json.loads((root / "report.json").read_text())
+    assert len(report["iterations"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"threshold": 0.5}, "threshold: 0.0 → 0.5"),
+        ({"sampling": {"max_tokens": 5, "temperature": 1.5}}, "sampling.max_tokens: 12 → 5"),
+        ({"train": {**TRAIN, "beta": 1.0}}, "train.beta: 0.3 → 1.0"),
+        ({"seed": 4}, "seed: 3 → 4"),
+    ],
+)
+def test_a_directory_with_other_settings_is_refused(
+    change: dict[str, Any], difference: str, settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    values = settings("dnpo")
+    root = tmp_path / "dnpo"
+    root.mkdir()
+    config = LoopConfig(**values)
+    loop_module._claim(root, config)
+    loop_module._claim(root, config)
+    with pytest.raises(ValueError, match="is a loop with other settings") as error:
+        run({**values, **change})
+    assert difference in str(error.value)
+
+
+def test_a_directory_that_holds_something_else_is_refused(settings: Callable[..., Any]) -> None:
+    values = settings("spin")
+    root = Path(values["output_dir"])
+    root.mkdir()
+    (root / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds thesis\.txt and is no loop's"):
+        run(values)
+
+
+# ---- Books kept by hand ----
+
+HUMAN = {"p1": "h1 good", "p2": "h2", "p3": "h3 good", "p4": "h4", "p5": "h5 good", "p6": "h6"}
+# Scores of the scripted scorer: the number of "good"s.
+ANSWERS = {  # model → prompt → answer
+    0: {"p1": "a1", "p2": "a2 good", "p3": "a3 good", "p4": "a4", "p5": "a5", "p6": "h6"},
+    1: {"p1": "b1 good good", "p2": "b2 good", "p3": "b3", "p4": "b4 good", "p5": "b5", "p6": "b6"},
+}
+DSL = [  # prompt, chosen, rejected, chosen_source by iteration
+    [
+        ("p1", "h1 good", "a1", "completion"),
+        ("p2", "a2 good", "h2", "response 0"),
+        ("p5", "h5 good", "a5", "completion"),
+    ],
+    [
+        ("p1", "b1 good good", "h1 good", "response 0"),
+        ("p2", "b2 good", "h2", "response 0"),
+        ("p3", "h3 good", "b3", "completion"),
+        ("p4", "b4 good", "h4", "response 0"),
+        ("p5", "h5 good", "b5", "completion"),
+    ],
+]
+
+
+@pytest.fixture
+def books(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """Engines and training that only look at which model it is: the number that its directory holds."""
+    seen: dict[str, Any] = {"trained": [], "tuned": []}
+
+    def model_number(name: str) -> int | str:
+        return json.loads((Path(name) / "number.json").read_text())
+
+    def engine(settings: Any, model: str | None = None) -> ScriptedEngine:
+        number = model_number(str(model))
+        made = ScriptedEngine(lambda prompt: [seen["say"](number, prompt)])
+        made.identity = lambda: {"kind": "scripted", "model": number, "chat_template_sha256": None}  # type: ignore[method-assign]
+        return made
+
+    def trains(
+        kind: str, settings: Any, *, start: str, dataset: Path, output: Path, **_: Any
+    ) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        number: int | str = len(seen["trained"]) + 1
+        if kind == "sft":
+            number = output.name
+            seen["tuned"].append((output, model_number(start), read_jsonl(dataset)))
+        else:
+            seen["trained"].append((model_number(start), read_jsonl(dataset)))
+        (output / "number.json").write_text(json.dumps(number))
+
+    class Goods:
+        batch_rows = 1
+
+        def identity(self) -> dict[str, Any]:
+            return {"kind": "goods"}
+
+        def score(self, batches: Any, counts: Any) -> Any:
+            for batch in batches:
+                for item in batch:
+                    yield item.number, [float(text.count("good")) for text in item.responses]
+
+        def close(self) -> None:
+            pass
+
+    for module in (generate_module, loop_module):
+        monkeypatch.setattr(module, "make_engine", engine)
+    monkeypatch.setattr(loop_config, "make_engine", engine)
+    monkeypatch.setattr(score_module, "make_scorer", lambda *_: Goods())
+    monkeypatch.setattr(loop_module, "train_stage", trains)
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "number.json").write_text("0")
+    rows = [{"prompt": p, "completion": c} for p, c in HUMAN.items()]
+    seen["values"] = {
+        "model_name_or_path": str(first), "seeds": str(write_jsonl(tmp_path / "seeds.jsonl", rows)),
+        "output_dir": str(tmp_path / "loop"), "iterations": 2, "held_out": 0,
+        "scorer": {"kind": "callable", "function": "os:getcwd"}, "train": {"use_cpu": True},
+    }  # fmt: skip
+    return seen
+
+
+def as_table(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(r["prompt"], r["chosen"], r["rejected"], r["chosen_source"]) for r in rows]
+
+
+def test_dynamic_labelling_by_hand(books: dict[str, Any]) -> None:
+    books["say"] = lambda number, prompt: ANSWERS[number][prompt]
+    root = run({**books["values"], "method": "dnpo"}).parents[1]
+    for k, expected in enumerate(DSL, start=1):
+        assert as_table(read_jsonl(root / f"iteration-{k}/pairs.jsonl")) == expected
+    counts = load_manifest(root / "iteration-1/pairs.jsonl").counts
+    assert counts == {
+        "in": 6, "out": 3, "small_gap": 2, "equal_answers": 1, "response_chosen": 1,
+    }  # fmt: skip
+    (start_1, data_1), (start_2, data_2) = books["trained"]
+    assert (start_1, start_2) == (0, 1)
+    assert as_table(data_1) == DSL[0]
+    assert as_table(data_2) == [*DSL[0], *DSL[1]]
+    winners = [
+        e["generated_winners"] for e in json.loads((root / "report.json").read_text())["iterations"]
+    ]
+    assert winners == [pytest.approx(1 / 3), pytest.approx(3 / 5)]
+
+
+def test_synpo_by_hand(books: dict[str, Any], tmp_path: Path) -> None:
+    """Prompts from the generator; its answers are drafted by the newest model, improved, and compared with the
+    first model's.
+    """
+    nouns = [
+        "table",
+        "chair",
+        "window",
+        "garden",
+        "river",
+        "mountain",
+        "forest",
+        "bridge",
+        "market",
+    ]
+    rows = [
+        {"prompt": f"{p} {' '.join(nouns[k : k + 4])}", "completion": c}
+        for k, (p, c) in enumerate(HUMAN.items())
+    ]
+    questions = {
+        "alpha": "q-alpha",
+        "beta": "q-beta",
+        "gamma": rows[1]["prompt"],
+        "delta": "q-delta",
+    }
+    improved = {"q-alpha": "imp good", "q-beta": "imp", "q-delta": "imp good good"}
+
+    def say(number: Any, prompt: str) -> str:
+        if number == "generator":
+            asked = next(word for word in questions if word in prompt)
+            return f"<question>{questions[asked]}</question>"
+        if number == "improver":
+            return improved[prompt.split("|")[0]]
+        if prompt.startswith("q-"):
+            return f"own {number}" + (" good" if prompt == "q-delta" else "")
+        return ANSWERS[number][prompt.split()[0]]
+
+    books["say"] = say
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n\n".join(" ".join([word] * 30 + ["tiny", "small"]) for word in questions))
+    (tmp_path / "improver.txt").write_text("{question}|{draft}")
+    seeds = write_jsonl(tmp_path / "seeds.jsonl", rows)
+    values = {
+        **books["values"], "method": "synpo", "seeds": str(seeds), "corpus": str(corpus), "threshold": 0.5,
+        "prompts_per_iteration": 4, "improver_template": str(tmp_path / "improver.txt"), "iterations": 1,
+        "sft": {"use_cpu": True},
+    }  # fmt: skip
+    root = run(values).parents[1]
+    made = [row["prompt"] for row in read_jsonl(root / "iteration-1/prompts.jsonl")]
+    assert sorted(made) == ["q-alpha", "q-beta", "q-delta"]
+    counts = load_manifest(root / "iteration-1/prompts.jsonl").counts
+    assert counts == {"in": 4, "out": 3, "known_prompt": 1}
+    # gaps of 1, 0 and 1
+    expected = {
+        "q-alpha": ("q-alpha", "imp good", "own 0", "response 0"),
+        "q-delta": ("q-delta", "imp good good", "own 0 good", "response 0"),
+    }
+    pairs = as_table(read_jsonl(root / "iteration-1/pairs.jsonl"))
+    assert pairs == [expected[p] for p in made if p in expected]
+    (generator, first, examples), (improver, first_again, improvements) = books["tuned"]
+    assert (generator.name, improver.name, first, first_again) == ("generator", "improver", 0, 0)
+    assert len(examples) == 6
+    for row, example in zip(rows, examples, strict=True):
+        own = [word for word in row["prompt"].split() if word in example["prompt"]]
+        assert len(own) == 2
+        assert row["prompt"] in example["completion"]
+    # of the seeds whose given answer beats the model's own by more than 0.5: p1 and p5
+    assert [(r["prompt"], r["completion"]) for r in improvements] == [
+        (f"{rows[0]['prompt']}|a1", "h1 good"),
+        (f"{rows[4]['prompt']}|a5", "h5 good"),
+    ]
+    ((start, data),) = books["trained"]
+    assert start == 0
+    assert as_table(data) == pairs
+
+
+def test_nothing_left_to_train_on_says_where_to_look(books: dict[str, Any]) -> None:
+    books["say"] = lambda number, prompt: "x"
+    values = {**books["values"], "method": "dnpo", "threshold": 9.0}
+    with pytest.raises(
+        ValueError, match=r"iteration 1: no pair is left to train on; .*manifest\.json says why"
+    ):
+        run(values)
+
+
+# ---- Processes, search, adapters ----
+
+
+def test_processes_of_their_own_make_the_same(
+    settings: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = run(settings("dnpo", iterations=1)).parents[1]
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    values = settings("dnpo", iterations=1, isolate=True, launcher="python")
+    there = run({**values, "output_dir": str(tmp_path / "apart")}).parents[1]
+    for name in ("responses", "scored", "pairs", "dataset"):
+        files = [root / f"iteration-1/{name}.jsonl" for root in (here, there)]
+        assert files[0].read_bytes() == files[1].read_bytes(), name
+    assert torch.equal(weights(here / "iteration-1/model"), weights(there / "iteration-1/model"))
+
+
+def test_a_launched_command_that_fails_stops_the_loop(
+    settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    values = settings("spin", iterations=1, launcher="python -c 'raise SystemExit(3)'")
+    with pytest.raises(ChildProcessError, match=r"launcher: .* ended with status 3"):
+        run(values)
+
+
+def test_a_search_goes_on_with_the_best_on_held_out_prompts(settings: Callable[..., Any]) -> None:
+    values = settings("dpo", iterations=1, search={"beta": [0.1, 5.0], "learning_rate": ["1e-3"]})
+    chosen = run(values)
+    account = json.loads((chosen.parents[1] / "search.json").read_text())
+    assert account["selected"] == str(chosen)
+    assert [c["settings"] for c in account["candidates"]] == [
+        {"beta": 0.1, "learning_rate": "1e-3"}, {"beta": 5.0, "learning_rate": "1e-3"},
+    ]  # fmt: skip
+    best = max(account["candidates"], key=lambda c: c["mean_score"])
+    assert best["model"] == str(chosen)
+
+
+def test_an_adapter_is_merged_into_the_model_that_goes_on(
+    settings: Callable[..., Any], start: Path
+) -> None:
+    peft = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    model = run(settings("spin", iterations=1, train={**TRAIN, "peft": peft}))
+    tensors = [load_file(m / "model.safetensors") for m in (start / "model", model)]
+    assert tensors[0].keys() == tensors[1].keys()
+    changed = {name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])}
+    assert changed
+    assert all("q_proj" in name or "v_proj" in name for name in changed)
+    assert not list(model.glob("adapter*"))
+
+
+# ---- Mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("spin", {"method": "spon"}, "method: got 'spon', expected one of spin, dnpo, synpo, dpo"),
+        ("spin", {"iterations": 0}, "iterations: got 0"),
+        ("spin", {"sampling": {"n": 2}}, r"sampling\.n: got 2, expected 1 with method 'spin'"),
+        ("spin", {"engine": {"kind": "openai"}}, r"engine\.kind: got 'openai', expected transformers or vllm"),
+        ("spin", {"engine": {"model": "x"}}, r"engine\.model: the loop sets it"),
+        ("spin", {"train": {"learning_rte": 1}}, "train: unexpected keyword argument 'learning_rte'"),
+        ("spin", {"train": {"dataset": "x"}}, r"train\.dataset: the loop sets it"),
+        ("spin", {"train": {"beta": -1}}, "train: beta: got -1"),
+        ("spin", {"corpus": "x.txt"}, "corpus: has no effect with method 'spin'"),
+        ("dnpo", {"scorer": None}, "scorer: got None, expected one: method 'dnpo' compares answers"),
+        ("dnpo", {"threshold": -1}, "threshold: got -1"),
+        ("dpo", {"sampling": {"n": 1}}, r"sampling\.n: got 1, expected ≥ 2 with method 'dpo'"),
+        ("dpo", {"search": {"beta": 0.1}}, r"search\.beta: got 0\.1, expected a list"),
+        ("dpo", {"search": {"gamma": [1]}}, r"search\.gamma: unexpected keyword argument 'gamma'"),
+        ("dpo", {"held_out": 0, "search": {"beta": [1]}}, "search: needs a scorer and held_out > 0"),
+        ("synpo", {"corpus": None}, "corpus: got None, expected one with method 'synpo'"),
+        ("synpo", {"mix_iterations": 2}, "mix_iterations: has no effect with method 'synpo'"),
+        ("synpo", {"sft": {"lr": 1}}, "sft: unexpected keyword argument 'lr'"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_settings_are_named(
+    method: str, change: dict[str, Any], message: str, settings: Callable[..., Any]
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        LoopConfig(**{**settings(method), **change})
+
+
+@pytest.mark.parametrize(
+    ("rows", "change", "message"),
+    [
+        ([{"prompt": "p"}] * 20, {}, r"line \d+: no answer, expected a column 'completion'"),
+        (
+            [{"prompt": "p", "completion": "c"}] * 8,
+            {},
+            "held_out: got 8, expected less than the 8 rows",
+        ),
+        (None, {"seeds": "none.jsonl"}, r"no file 'none\.jsonl'"),
+        (None, {"model_name_or_path": "/no/model"}, "/no/model is not a directory"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(
+    rows: Any, change: dict[str, Any], message: str, settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    if rows is not None:
+        change = {"seeds": str(write_jsonl(tmp_path / "rows.jsonl", rows))}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(settings("spin", **change))
+
+
+def test_a_corpus_without_keywords_is_named(
+    settings: Callable[..., Any], tmp_path: Path, tagged_prompts: None
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(" ".join(["The"] * 30) + "\n\n" + " ".join(["and of"] * 20))
+    with pytest.raises(ValueError, match=r"has no paragraph with 3 usable keywords \(of 2\)"):
+        run(settings("synpo", corpus=str(corpus)))
+    corpus.write_text("")
+    with pytest.raises(ValueError, match="no paragraph of 20 words or more"):
+        run(settings("synpo", corpus=str(corpus), output_dir=str(tmp_path / "other")))
+
+
+def test_the_command_tells_a_mistake_in_one_line(
+    settings: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    file = tmp_path / "loop.yaml"
+    file.write_text(yaml.safe_dump(settings("spin")))
+    assert main(["iterate", "--config", str(file), "--method", "spon"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["iterate", "--config", str(file), "--stage", "x"]) == 2
+    assert "unknown field 'stage'" in capsys.readouterr().err
+
+
+def test_defaults_of_a_method_are_fields_of_the_trainer() -> None:
+    from fastpo.selfplay.loop_config import METHODS, TRAIN_DEFAULTS
+
+    for method in METHODS:
+        assert PreferenceConfig(output_dir="x", use_cpu=True, **TRAIN_DEFAULTS[method]).loss_type
