@@ -13,9 +13,9 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from fastpo.losses import LOSSES
-from fastpo.trainer import PreferenceConfig, build_loss
+from fastpo.trainer import PreferenceConfig, SFTConfig, build_loss
 from fastpo.trainer.config import LOSS_FIELDS
-from fastpo.trainer.run_config import save_config
+from fastpo.trainer.run_config import RunConfig, own_fields, save_config
 
 Settings = Callable[..., PreferenceConfig]
 OVERRIDDEN = {
@@ -27,24 +27,25 @@ OVERRIDDEN = {
 }
 
 
-def own_fields() -> list[Any]:
-    return [
-        f
-        for f in dataclasses.fields(PreferenceConfig)
-        if f.name in PreferenceConfig.__annotations__
-    ]
+BOTH = pytest.mark.parametrize("config_class", [PreferenceConfig, SFTConfig])
 
 
-def test_own_fields_collide_with_nothing_of_transformers() -> None:
+@BOTH
+def test_own_fields_collide_with_nothing_of_transformers(config_class: type[RunConfig]) -> None:
     inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
-    names = {f.name for f in own_fields()}
+    names = set(own_fields(config_class))
+    # Every field is either inherited as it is or fastpo's own.
+    assert names >= {f.name for f in dataclasses.fields(config_class)} - inherited
     assert names & inherited == OVERRIDDEN
     assert not [n for n in names - OVERRIDDEN if hasattr(TrainingArguments, n)]
 
 
-def test_every_own_field_is_in_the_docstring_with_its_default() -> None:
-    for f in own_fields():
-        assert f"| ``{f.name}`` | {f.default} | {f.metadata['help']} |" in PreferenceConfig.__doc__
+@BOTH
+def test_every_own_field_is_in_the_docstring_with_its_default(
+    config_class: type[RunConfig],
+) -> None:
+    for name, f in own_fields(config_class).items():
+        assert f"| ``{name}`` | {f.default} | {f.metadata['help']} |" in config_class.__doc__
         assert len(f.metadata["help"]) > 10
 
 
@@ -164,7 +165,7 @@ def test_loss_is_the_one_described(settings: Settings) -> None:
 
 
 def test_settings_of_the_loss_are_what_a_checkpoint_records() -> None:
-    related = {f.name for f in own_fields() if f.name.startswith("gamma")}
+    related = {f.name for f in own_fields(PreferenceConfig).values() if f.name.startswith("gamma")}
     assert related <= set(LOSS_FIELDS)
 
 
@@ -181,7 +182,7 @@ def test_resolved_settings_make_the_same_run_again(settings: Settings, tmp_path:
     left, right = config.to_dict(), again.to_dict()
     assert left == right
     assert text.startswith("# fastpo ")
-    assert {f.name for f in own_fields()} <= set(values)
+    assert set(own_fields(PreferenceConfig)) <= set(values)
     assert "per_device_train_batch_size" in values
     assert "adam_beta1" not in values  # as transformers has it
 
