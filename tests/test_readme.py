@@ -31,19 +31,34 @@ def test_commands_run_in_order_on_the_yaml_as_written(tmp_path: Path) -> None:
     (recipe,) = blocks("yaml")
     name = re.match(r"# (\S+\.yaml)\n", recipe)[1]
     (tmp_path / name).write_text(recipe, encoding="utf-8")
-    (commands,) = blocks("bash")
+    run_lines(blocks("bash")[0], tmp_path)
+    assert list((tmp_path / "runs/gamma-simpo").glob("*.png"))
+    assert (tmp_path / "runs/gamma-simpo/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_loop_runs_as_written(tmp_path: Path) -> None:
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (_, commands) = blocks("bash")
+    run_lines(commands, tmp_path)
+    root = tmp_path / "runs/loops/cpu-dnpo"
+    report = json.loads((root / "report.json").read_text(encoding="utf-8"))
+    before, after = (entry["score"]["mean"] for entry in report["evaluation"])
+    assert after > before
+    assert (root / "report.md").is_file()
+
+
+def run_lines(commands: str, folder: Path) -> None:
     for line in commands.splitlines():
         program, *arguments = shlex.split(line)
         assert program == "fastpo"
         done = subprocess.run(
             [sys.executable, "-m", "fastpo.cli", *arguments],
-            cwd=tmp_path,
+            cwd=folder,
             text=True,
             capture_output=True,
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    assert list((tmp_path / "runs/gamma-simpo").glob("*.png"))
-    assert (tmp_path / "runs/gamma-simpo/model.safetensors").is_file()
 
 
 @pytest.mark.slow

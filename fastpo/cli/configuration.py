@@ -15,7 +15,7 @@ import inspect
 import json
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -156,9 +156,10 @@ class _Reader:
             mapping = mapping if isinstance(mapping, dict) else {}
             setattr(settings, field, mapping)
             for entry in entries[:-1]:
-                inner = mapping.get(entry)
-                mapping[entry] = mapping = inner if isinstance(inner, dict) else {}
-            mapping[entries[-1]] = _scalar(text)
+                key = _key(entry, mapping)
+                inner = mapping.get(key)
+                mapping[key] = mapping = inner if isinstance(inner, dict) else {}
+            mapping[_key(entries[-1], mapping)] = _scalar(text)
         return others
 
     def take_nulls(self, arguments: Sequence[str], settings: argparse.Namespace) -> list[str]:
@@ -206,6 +207,11 @@ class _Reader:
                 f"(all: fastpo {self.command} --help)"
             )
         return f"unknown field {name!r}, did you mean {nearest!r}?"
+
+
+def _key(entry: str, mapping: Mapping[Any, Any]) -> Any:
+    """The key that is written so: YAML's keys may be numbers."""
+    return next((key for key in mapping if str(key) == entry), entry)
 
 
 def _scalar(text: str) -> Any:

@@ -90,7 +90,7 @@ def tokenize_preferences(
             left (with the account).
     """
     rows = _usable_columns(dataset, COLUMNS, check_columns, source)
-    tokenize = _RowTokenizer(
+    tokenize = RowTokenizer(
         tokenizer, parse_pair, ("chosen", "rejected"), max_length, max_prompt_length, source
     )
     return _tokenize(rows, tokenize, num_proc)
@@ -111,7 +111,7 @@ def tokenize_examples(
     and ``completion``.
     """
     rows = _usable_columns(dataset, EXAMPLE_COLUMNS, check_example_columns, source)
-    tokenize = _RowTokenizer(
+    tokenize = RowTokenizer(
         tokenizer, parse_example, ("completion",), max_length, max_prompt_length, source
     )
     return _tokenize(rows, tokenize, num_proc)
@@ -134,7 +134,7 @@ def _usable_columns(
 
 
 def _tokenize(
-    rows: datasets.Dataset, tokenize: _RowTokenizer, num_proc: int | None
+    rows: datasets.Dataset, tokenize: RowTokenizer, num_proc: int | None
 ) -> tuple[datasets.Dataset, DataReport]:
     source = tokenize.source
     table = rows.map(
@@ -184,7 +184,7 @@ class _Texts:
         return prompt is not None and all(text.startswith(prompt) for text in self.wholes)
 
 
-class _RowTokenizer:
+class RowTokenizer:
     """A batch of rows → a batch of ids, with what was dropped or noted.
 
     ``parse`` makes a row's one form, whose answers become the columns ``<name>_ids`` of ``answers``.

@@ -18,10 +18,11 @@ import functools
 import itertools
 import json
 import random
+import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from .conversation import answer, as_conversation, read_completion, read_prompt,
 from .engines import make_engine
 from .generate import GenerateConfig, generate, is_chat
 from .loop_config import MAY_CHANGE, LoopConfig
-from .manifest import differences, sha256
+from .manifest import differences, load_manifest, sha256
 from .pairs import PairsConfig, make_pairs
 from .report import report_loop
 from .rows import Row, read_rows
@@ -230,6 +231,15 @@ class _Loop:
                 config.generator_template, self._seed(k, "prompts"),
             ),
         )  # fmt: skip
+        manifest = load_manifest(prompts)
+        assert manifest is not None
+        if not manifest.counts["out"]:
+            reasons = {n: c for n, c in manifest.counts.items() if c and n not in ("in", "out")}
+            raise ValueError(
+                f"iteration {k}: none of the {manifest.counts['in']} texts of the prompt generator is a new "
+                f"prompt ({', '.join(f'{n} {c}' for n, c in reasons.items())}); it may need more training "
+                f"(sft): see {prompts.with_suffix('')}.generated.jsonl"
+            )
         return prompts
 
     def _improver(self, k: int, previous: str) -> str:
@@ -342,20 +352,21 @@ class _Loop:
             )  # fmt: skip
             return str(model)
 
+        of_iteration = config.train_settings_of(k)
         search = config.search if isinstance(config.search, dict) else {}
         if not search:
-            return run(config.train_settings, folder / "model")
+            return run(of_iteration, folder / "model")
         found: list[tuple[float, str, dict[str, Any]]] = []
         for number, values in enumerate(itertools.product(*search.values())):
             chosen = dict(zip(search, values, strict=True))
-            model = run({**config.train_settings, **chosen}, folder / f"search-{number}/model")
-            scored = self._held_out_scores(folder / f"search-{number}", model)
-            found.append((mean_score(scored), model, chosen))
+            trial = folder / f"search-{number}"
+            model = run({**of_iteration, **chosen}, trial / "model")
+            found.append((self._held_out_value(trial, model), model, chosen))
         best = max(found, key=lambda entry: entry[0])
         account = {
             "candidates": [
-                {"settings": settings, "mean_score": mean, "model": model}
-                for mean, model, settings in found
+                {"settings": settings, "value": value, "model": model}
+                for value, model, settings in found
             ],
             "selected": best[1],
         }
@@ -370,17 +381,32 @@ class _Loop:
         if not self.config.held_out:
             return
         folder = self.root / f"evaluation/iteration-{k}"
-        if self.config.scorer is None:
-            self._held_out_responses(folder, model)
+        responses = self._held_out_responses(folder, model)
+        scorer = self.config.scorer_settings
+        if scorer is None:
             return
-        self._held_out_scores(folder, model)
+        if scorer.absolute:
+            self._score(folder / "scored.jsonl", responses)
         for name, other in (("previous", k - 1), ("first", 0)):
             if k and not (name == "first" and k == 1):
-                against = self.root / f"evaluation/iteration-{other}/responses.jsonl"
-                both = self._beside(
-                    folder / f"versus-{name}.jsonl", [folder / "responses.jsonl", against]
-                )
-                self._score(folder / f"versus-{name}-scored.jsonl", both)
+                self._versus(folder, name, other)
+
+    def _versus(self, folder: Path, name: str, other: int) -> Path:
+        """Scores of the responses in ``folder`` beside those of iteration ``other``."""
+        against = self.root / f"evaluation/iteration-{other}/responses.jsonl"
+        both = self._beside(folder / f"versus-{name}.jsonl", [folder / "responses.jsonl", against])
+        return self._score(folder / f"versus-{name}-scored.jsonl", both)
+
+    def _held_out_value(self, folder: Path, model: str) -> float:
+        """What a search makes large: the mean score, or of a scorer that compares, its lead over the start."""
+        responses = self._held_out_responses(folder, model)
+        scorer = self.config.scorer_settings
+        assert scorer is not None
+        if scorer.absolute:
+            scored = self._score(folder / "scored.jsonl", responses)
+            return mean_of(row["scores"][0] for _, row in read_rows(scored))
+        scored = self._versus(folder, "first", 0)
+        return mean_of(row["scores"][0] - row["scores"][1] for _, row in read_rows(scored))
 
     def _held_out_responses(self, folder: Path, model: str) -> Path:
         """All models get the same seed: where two agree they say the same."""
@@ -394,9 +420,6 @@ class _Loop:
             ),
         )  # fmt: skip
         return output
-
-    def _held_out_scores(self, folder: Path, model: str) -> Path:
-        return self._score(folder / "scored.jsonl", self._held_out_responses(folder, model))
 
     # ---- Places and processes ----
 
@@ -432,13 +455,10 @@ _COMMANDS: dict[str, Any] = {
 }
 
 
-def mean_score(scored: Path) -> float:
-    """Mean score of the first responses of a file."""
-    total, count = 0.0, 0
-    for _, row in read_rows(scored):
-        total += row["scores"][0]
-        count += 1
-    return total / count if count else float("-inf")
+def mean_of(values: Iterable[float]) -> float:
+    """−∞ of none."""
+    held = list(values)
+    return statistics.fmean(held) if held else float("-inf")
 
 
 def _by_prompt(path: Path) -> Iterator[tuple[int, Row]]:

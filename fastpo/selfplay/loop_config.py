@@ -99,6 +99,12 @@ class LoopConfig:
         default=None,
         metadata={"help": "fields of fastpo train, without model, dataset and output_dir"},
     )
+    train_from: dict[Any, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "iteration → fields of train that hold from it on; SPIN: {3: {learning_rate: 1.0e-7}}"
+        },
+    )
     search: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -180,11 +186,14 @@ class LoopConfig:
             max_repetition=self.max_repetition,
             max_pairs=self.max_pairs,
         )
-        for name in ("engine", "sampling", "eval_sampling", "scorer", "train", "search", "sft"):
+        for name in (
+            "engine", "sampling", "eval_sampling", "scorer", "train", "train_from", "search", "sft",
+        ):  # fmt: skip
             if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a mapping")
         self._check_making()
         check_training_settings("train", self.train_settings, "train")
+        self._check_train_from()
         self._check_search()
         self._check_synpo()
 
@@ -214,6 +223,14 @@ class LoopConfig:
                 f"scorer: got None, expected one: method {self.method!r} compares answers"
             )
         self.scorer_settings  # noqa: B018  (it checks)
+
+    def _check_train_from(self) -> None:
+        for k, values in (_mapping(self.train_from) or {}).items():
+            if not str(k).isdecimal() or int(k) < 1:
+                raise ValueError(f"train_from: got {k!r}, expected the number of an iteration, ≥ 1")
+            if not isinstance(values, dict):
+                raise TypeError(f"train_from.{k}: got {values!r}, expected a mapping")
+            check_training_settings("train", self.train_settings_of(int(k)), f"train_from.{k}")
 
     def _check_search(self) -> None:
         for name, values in (_mapping(self.search) or {}).items():
@@ -275,6 +292,14 @@ class LoopConfig:
     def train_settings(self) -> dict[str, Any]:
         """Fields of ``PreferenceConfig``, with the method's defaults."""
         return {**TRAIN_DEFAULTS[self.method], **(_mapping(self.train) or {})}
+
+    def train_settings_of(self, k: int) -> dict[str, Any]:
+        """The same with what ``train_from`` says of iteration ``k``."""
+        later = {int(i): values for i, values in (_mapping(self.train_from) or {}).items()}
+        settings = self.train_settings
+        for i in sorted(i for i in later if i <= k):
+            settings.update(later[i])
+        return settings
 
     @property
     def mixed(self) -> int:

@@ -133,22 +133,37 @@ def _distribution(values: list[float]) -> dict[str, Any]:
 
 
 def _win_rate(scored: Path) -> dict[str, Any]:
-    """Of the first responses against the second ones; a tie is half a win."""
+    """Of the first responses against the second ones; a tie is half a win. And their mean lead in the score."""
     wins = ties = count = 0
+    gap = 0.0
     for _, row in read_rows(scored):
         ours, theirs = row["scores"]
         wins += ours > theirs
         ties += ours == theirs
+        gap += ours - theirs
         count += 1
-    return {"prompts": count, "wins": wins, "ties": ties, "rate": (wins + ties / 2) / max(count, 1)}
+    return {
+        "prompts": count,
+        "wins": wins,
+        "ties": ties,
+        "rate": (wins + ties / 2) / max(count, 1),
+        "mean_gap": gap / max(count, 1),
+    }
+
+
+def _values(evaluation: list[dict[str, Any]]) -> dict[int, float]:
+    """By iteration the mean score, or of a scorer that only compares, the mean lead over the start."""
+    scores = {e["iteration"]: e["score"]["mean"] for e in evaluation if "score" in e}
+    leads = {
+        e["iteration"]: e["win_rate_first"]["mean_gap"] for e in evaluation if "win_rate_first" in e
+    }
+    return scores or (leads and {0: 0.0, **leads})
 
 
 def _best(evaluation: list[dict[str, Any]]) -> int | None:
-    """The iteration with the best mean score on the held-out prompts, the earlier of equal ones."""
-    scored = [entry for entry in evaluation if "score" in entry]
-    if not scored:
-        return None
-    return max(scored, key=lambda entry: (entry["score"]["mean"], -entry["iteration"]))["iteration"]
+    """The iteration with the best value on the held-out prompts, the earlier of equal ones."""
+    values = _values(evaluation)
+    return max(values, key=lambda k: (values[k], -k)) if values else None
 
 
 # ---- Page ----
@@ -158,7 +173,8 @@ def _page(document: dict[str, Any], plots: list[str], root: Path) -> str:
     parts = [f"# {document['method']} from {document['start']}"]
     if document["best_iteration"] is not None:
         parts.append(
-            f"Best mean score on the held-out prompts: iteration {document['best_iteration']}."
+            f"Best {_value_name(document['evaluation'])} on the held-out prompts: iteration "
+            f"{document['best_iteration']}."
         )
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
     if document["evaluation"]:
@@ -172,6 +188,10 @@ def _page(document: dict[str, Any], plots: list[str], root: Path) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _value_name(evaluation: list[dict[str, Any]]) -> str:
+    return "mean score" if any("score" in e for e in evaluation) else "mean lead over the start"
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -180,7 +200,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _evaluation_table(evaluation: list[dict[str, Any]]) -> str:
     rows = []
     for entry in evaluation:
-        score = entry.get("score")
+        score, first = entry.get("score"), entry.get("win_rate_first")
         rows.append(
             [
                 str(entry["iteration"]),
@@ -189,7 +209,8 @@ def _evaluation_table(evaluation: list[dict[str, Any]]) -> str:
                 if score is None
                 else f"{score['quantiles']['0.05']:.3g} … {score['quantiles']['0.95']:.3g}",
                 _rate(entry.get("win_rate_previous")),
-                _rate(entry.get("win_rate_first")),
+                _rate(first),
+                "" if first is None else f"{first['mean_gap']:+.3g}",
                 f"{entry['length']['words']['mean']:.1f}",
             ]
         )
@@ -199,6 +220,7 @@ def _evaluation_table(evaluation: list[dict[str, Any]]) -> str:
         "5 … 95 %",
         "wins over the previous",
         "over the start",
+        "lead over the start",
         "words",
     ]
     return _table(head, rows)
@@ -277,28 +299,31 @@ def _quoted(text: str) -> str:
 
 
 def _plot_scores(document: dict[str, Any], path: Path) -> bool:
-    """Scores with their middle half and 90 %, and win rates, by iteration; False where there is nothing."""
-    scored = [entry for entry in document["evaluation"] if "score" in entry]
-    if len(scored) < 2:
+    """Scores with their middle half and 90 % or leads, and win rates, by iteration; False without them."""
+    evaluation = document["evaluation"]
+    values = _values(evaluation)
+    if len(values) < 2:
         return False
     figure, (left, right) = _figure(2)
-    steps = [entry["iteration"] for entry in scored]
-    quantile = {
-        q: [entry["score"]["quantiles"][q] for entry in scored]
-        for q in ("0.05", "0.25", "0.75", "0.95")
-    }
-    left.fill_between(steps, quantile["0.05"], quantile["0.95"], color=_BLUE, alpha=0.12, lw=0)
-    left.fill_between(steps, quantile["0.25"], quantile["0.75"], color=_BLUE, alpha=0.2, lw=0)
-    left.plot(steps, [e["score"]["mean"] for e in scored], "o-", color=_BLUE, markersize=4)
-    left.set_title("Score, held out: mean, middle 50 and 90 %", loc="left", fontsize=9)
+    steps = list(values)
+    left.plot(steps, list(values.values()), "o-", color=_BLUE, markersize=4)
+    scored = [entry["score"]["quantiles"] for entry in evaluation if "score" in entry]
+    for low, high, alpha in (("0.05", "0.95", 0.12), ("0.25", "0.75", 0.2)):
+        if scored:
+            bounds = [q[low] for q in scored], [q[high] for q in scored]
+            left.fill_between(steps, *bounds, color=_BLUE, alpha=alpha, lw=0)
+    shown = "Score, held out: mean, middle 50 and 90 %"
+    left.set_title(
+        shown if scored else "Lead over the start, held out: mean", loc="left", fontsize=9
+    )
     for name, color, label in (
         ("previous", _BLUE, "the previous"),
         ("first", _ORANGE, "the start"),
     ):
-        found = [e for e in scored if f"win_rate_{name}" in e]
-        values = [100 * e[f"win_rate_{name}"]["rate"] for e in found]
+        found = [e for e in evaluation if f"win_rate_{name}" in e]
+        rates = [100 * e[f"win_rate_{name}"]["rate"] for e in found]
         right.plot(
-            [e["iteration"] for e in found], values, "o-", color=color, markersize=4, label=label
+            [e["iteration"] for e in found], rates, "o-", color=color, markersize=4, label=label
         )
     right.axhline(50, color=_GREY, linewidth=0.8, linestyle=":")
     right.set_ylim(0, 100)

@@ -55,13 +55,15 @@ def check_readable(path: Path) -> None:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    row = 0
     try:
         with pq.ParquetFile(path) as file:
-            row = 0
             for batch in file.iter_batches(batch_size=CHUNK):
                 for values in batch.to_pylist():
                     yield f"{path}, row {row} (from 0)", values
                     row += 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, row {row} or later: not UTF-8: {error}") from error
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
 

@@ -538,7 +538,9 @@ def test_settings(judge: JudgeOf) -> None:
         judge(honest, mode="best")
     with pytest.raises(ValueError, match=r"scorer\.retries: got -1"):
         judge(honest, retries=-1)
-    with pytest.raises(ValueError, match=r"max_tokens: got 0"):
+    with pytest.raises(ValueError, match=r"^scorer\.temperature: got -1"):
+        judge(honest, temperature=-1.0)
+    with pytest.raises(ValueError, match=r"^scorer\.max_tokens: got 0"):
         judge(honest, max_tokens=0)
     identities = [
         json.dumps(judge(honest, **settings).identity())

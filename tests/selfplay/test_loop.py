@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from selfplay_files import ScriptedEngine, read_jsonl, write_jsonl
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from fastpo.cli import main
 from fastpo.demo.words import draw_word_problems, prepare_loop
@@ -408,8 +409,65 @@ def test_a_search_goes_on_with_the_best_on_held_out_prompts(settings: Callable[.
     assert [c["settings"] for c in account["candidates"]] == [
         {"beta": 0.1, "learning_rate": "1e-3"}, {"beta": 5.0, "learning_rate": "1e-3"},
     ]  # fmt: skip
-    best = max(account["candidates"], key=lambda c: c["mean_score"])
+    best = max(account["candidates"], key=lambda c: c["value"])
     assert best["model"] == str(chosen)
+
+
+@pytest.fixture
+def ranker(start: Path, tmp_path: Path) -> Path:
+    """A classifier with one label and random weights: its preferences are arbitrary, and not 0."""
+    path = tmp_path / "ranker"
+    tokenizer = AutoTokenizer.from_pretrained(start / "model")
+    torch.manual_seed(2)
+    LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, num_labels=1, initializer_range=1.0, pad_token_id=tokenizer.pad_token_id,
+        )
+    ).save_pretrained(path)  # fmt: skip
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_a_scorer_that_only_compares_chooses_by_the_lead_over_the_start(
+    settings: Callable[..., Any], ranker: Path
+) -> None:
+    scorer = {"kind": "ranker", "model": str(ranker), "device": "cpu"}
+    values = settings(
+        "dpo", iterations=2, scorer=scorer, search={"learning_rate": [1e-9, 1e-2]}, held_out=16
+    )
+    root = run(values).parents[2]
+    leads = {0: 0.0}
+    for k in (1, 2):
+        account = json.loads((root / f"iteration-{k}/search.json").read_text())
+        tried = {c["model"]: c["value"] for c in account["candidates"]}
+        assert len(set(tried.values())) == 2
+        assert tried[account["selected"]] == max(tried.values())
+        # The search's number is the evaluation's, and it is the lead of the answers themselves.
+        leads[k] = max(tried.values())
+        name = "versus-previous-scored" if k == 1 else "versus-first-scored"
+        rows = read_jsonl(root / f"evaluation/iteration-{k}/{name}.jsonl")
+        assert leads[k] == pytest.approx(sum(a - b for a, b in (r["scores"] for r in rows)) / 16)
+    report = json.loads((root / "report.json").read_text())
+    assert not any("score" in entry for entry in report["evaluation"])
+    assert not list((root / "evaluation").rglob("scored.jsonl"))
+    assert report["best_iteration"] == max(leads, key=lambda k: (leads[k], -k))
+    assert "Best mean lead over the start" in (root / "report.md").read_text()
+    assert (root / "scores.png").is_file()
+
+
+def test_settings_of_later_iterations_hold_from_them_on(settings: Callable[..., Any]) -> None:
+    later = {2: {"learning_rate": 1e-5}, "3": {"beta": 0.7}}
+    last = run(settings("spin", iterations=3, train_from=later))
+    found = []
+    for k in (1, 2, 3):
+        manifest = load_manifest(last.parents[1] / f"iteration-{k}/model")
+        assert manifest is not None
+        found.append(
+            (manifest.identity["settings"]["learning_rate"], manifest.identity["settings"]["beta"])
+        )
+    rate, beta = TRAIN["learning_rate"], TRAIN["beta"]
+    assert found == [(rate, beta), (1e-5, beta), (1e-5, 0.7)]
 
 
 def test_an_adapter_is_merged_into_the_model_that_goes_on(
@@ -428,6 +486,14 @@ def test_an_adapter_is_merged_into_the_model_that_goes_on(
 # ---- Mistakes ----
 
 
+def test_a_generator_that_makes_no_prompt_is_named(settings: Callable[..., Any]) -> None:
+    # As trained here, for four steps, it writes no tags.
+    with pytest.raises(
+        ValueError, match=r"none of the \d+ texts .* \(unparsable \d+\); .*generated\.jsonl"
+    ):
+        run(settings("synpo"))
+
+
 @pytest.mark.parametrize(
     ("method", "change", "message"),
     [
@@ -443,6 +509,9 @@ def test_an_adapter_is_merged_into_the_model_that_goes_on(
         ("dnpo", {"scorer": None}, "scorer: got None, expected one: method 'dnpo' compares answers"),
         ("dnpo", {"threshold": -1}, "threshold: got -1"),
         ("dpo", {"sampling": {"n": 1}}, r"sampling\.n: got 1, expected ≥ 2 with method 'dpo'"),
+        ("spin", {"train_from": {"x": {}}}, "train_from: got 'x', expected the number of an iteration"),
+        ("spin", {"train_from": {2: {"beta": -1}}}, r"train_from\.2: beta: got -1"),
+        ("spin", {"train_from": {2: 1e-7}}, r"train_from\.2: got 1e-07, expected a mapping"),
         ("dpo", {"search": {"beta": 0.1}}, r"search\.beta: got 0\.1, expected a list"),
         ("dpo", {"search": {"gamma": [1]}}, r"search\.gamma: unexpected keyword argument 'gamma'"),
         ("dpo", {"held_out": 0, "search": {"beta": [1]}}, "search: needs a scorer and held_out > 0"),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -257,6 +258,10 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "no.parquet").write_text("x")
     with pytest.raises(ValueError, match="not a readable Parquet file"):
         run(tmp_path / "no.parquet", tmp_path / "q.jsonl", Worker())
+    latin = pa.array([b"good", b"\xff bad"]).view(pa.string())
+    pq.write_table(pa.table({"n": [1, 2], "text": latin}), tmp_path / "latin.parquet")
+    with pytest.raises(ValueError, match=r"latin\.parquet, row 0 or later: not UTF-8"):
+        run(tmp_path / "latin.parquet", tmp_path / "r.jsonl", Worker())
 
 
 def test_drawn_rows_are_a_fair_sample_in_order() -> None:

@@ -66,6 +66,11 @@ class ScorerSettings:
             if name not in allowed and getattr(self, name) != default:
                 raise ValueError(f"scorer.{name}: has no effect with scorer.kind {self.kind!r}")
 
+    @property
+    def absolute(self) -> bool:
+        """Whether an answer's score means something without other answers beside it."""
+        return self.kind != "ranker" and not (self.kind == "judge" and self.mode == "pairwise")
+
 
 _MODEL = ("model", "batch_size", "dtype", "device", "max_length", "trust_remote_code")
 _FIELDS = {

@@ -104,7 +104,10 @@ class Judge:
         if retries < 0:
             raise ValueError(f"scorer.retries: got {retries}, expected an integer ≥ 0")
         self.mode, self.retries = mode, retries
-        self.sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+        try:
+            self.sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+        except ValueError as error:
+            raise ValueError(str(error).replace("sampling.", "scorer.", 1)) from error
         self.template = _load_template(template or mode, mode)
         self.engine = make_engine(engine_settings)
         self.batch_rows = self.engine.batch_rows

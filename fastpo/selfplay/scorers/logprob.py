@@ -11,7 +11,7 @@ from torch import Tensor
 import fastpo
 from fastpo.data.collator import IGNORE_INDEX, ExampleCollator
 from fastpo.data.formats import parse_example
-from fastpo.data.tokenization import _RowTokenizer
+from fastpo.data.tokenization import RowTokenizer
 from fastpo.selfplay.manifest import model_revision, text_sha256
 from fastpo.trainer.model import checked_model_name, load_causal_lm, load_tokenizer_of
 
@@ -77,7 +77,7 @@ class LogprobScorer:
     def score(
         self, batches: Iterable[Sequence[Candidates]], counts: Counter[str]
     ) -> Iterator[tuple[int, list[float] | None]]:
-        tokenize = _RowTokenizer(
+        tokenize = RowTokenizer(
             self.tokenizer, parse_example, ("completion",), None, None, "scorer"
         )
         for batch in batches:
@@ -117,7 +117,7 @@ class LogprobScorer:
         return self._model
 
     def _answers(
-        self, row: Candidates, tokenize: _RowTokenizer, counts: Counter[str]
+        self, row: Candidates, tokenize: RowTokenizer, counts: Counter[str]
     ) -> list[Answer] | None:
         """The ids of each response; None where there is one that training would drop."""
         check_chat_template(row, self.tokenizer, self.name)
