@@ -57,6 +57,10 @@ class FusedHead:
     load-balancing loss as ``aux_loss``, not yet multiplied by ``router_aux_loss_coef``. A call without labels
     is as ever, so ``generate`` works.
 
+    With ``hidden_index`` (int64, of any shape) labels have that shape, and each is scored from the hidden state
+    of that number among the (B·T, H): rows in which several sequences stand, or share a prompt, are scored so,
+    a hidden state as often as it is named. ``log_probs`` has the shape of the labels.
+
     ``method`` says how log-probs are made: ``"fused"`` by :func:`fastpo.linear_logprobs`; ``"chunked"`` if the
     head is not a plain linear layer (LoRA on it, quantised): by the head itself on chunks of labelled rows;
     ``"compact"`` if what follows the head is not softcap·tanh(scale·z/softcap): from the logits of all labelled
@@ -180,8 +184,9 @@ def model_logprobs(
 class _Call:
     """One call with labels, while it is on its way through the model."""
 
-    labels: Tensor  # (B, T)
+    labels: Tensor  # (B, T), or shaped like hidden_index
     installed: FusedHead
+    hidden_index: Tensor | None = None
     rows: Tensor | None = None  # of the labels, where a fallback takes them out
     log_probs: Tensor | None = None  # (B, T)
     token_stats: TokenStats | None = None
@@ -221,8 +226,9 @@ class _Patch:
         labels = named.pop("labels", None)
         if labels is None or not self.stack:
             return self.original(*args, **kwargs)
-        _check_inputs(labels, named)
-        call = _Call(labels, self.stack[-1])
+        hidden_index = named.pop("hidden_index", None)
+        _check_inputs(labels, hidden_index, named)
+        call = _Call(labels, self.stack[-1], hidden_index)
         self._keep_hook_last()
         previous, self.call = self.call, call
         try:
@@ -255,6 +261,10 @@ class _Patch:
         # As the model's own loss would: layers may be spread over devices.
         labels = call.labels = call.labels.to(hidden.device)
         options, tail = call.installed.options, call.installed.tail
+        if call.hidden_index is not None:
+            index = call.hidden_index.to(hidden.device)
+            hidden = hidden.flatten(0, -2).index_select(0, index.flatten())
+            hidden = hidden.unflatten(0, index.shape)
         if hidden.shape[:-1] != labels.shape:
             raise ValueError(
                 f"labels: got shape {tuple(labels.shape)}, but {type(call.installed.model).__name__} gives its "
@@ -359,9 +369,18 @@ def _patched_modules(installed: FusedHead) -> list[nn.Module]:
     return list(dict.fromkeys([installed.head, *(linear_layers(installed.head) or [])]))
 
 
-def _check_inputs(labels: Any, named: dict[str, Any]) -> None:
+def _check_inputs(labels: Any, hidden_index: Any, named: dict[str, Any]) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: got {type(labels).__name__}, expected an int64 tensor (B, T)")
+    if hidden_index is not None:
+        if not isinstance(hidden_index, Tensor) or hidden_index.dtype != torch.int64:
+            found = getattr(hidden_index, "dtype", type(hidden_index).__name__)
+            raise TypeError(f"hidden_index: got {found}, expected an int64 tensor like labels")
+        if hidden_index.shape != labels.shape:
+            raise ValueError(
+                f"hidden_index: got shape {tuple(hidden_index.shape)}, expected that of labels, "
+                f"{tuple(labels.shape)}"
+            )
     keep = named.get("logits_to_keep")
     if keep is not None and not (isinstance(keep, int) and keep == 0):
         raise ValueError(
@@ -370,7 +389,7 @@ def _check_inputs(labels: Any, named: dict[str, Any]) -> None:
         )
     for name, dims in (("input_ids", None), ("inputs_embeds", -1)):
         given = named.get(name)
-        if given is not None and labels.shape != given.shape[:dims]:
+        if given is not None and hidden_index is None and labels.shape != given.shape[:dims]:
             raise ValueError(
                 f"labels: got shape {tuple(labels.shape)}, expected {tuple(given.shape[:dims])} for {name} "
                 f"of shape {tuple(given.shape)}"

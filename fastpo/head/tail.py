@@ -100,7 +100,7 @@ def _run(model: nn.Module, core: PreTrainedModel, head: nn.Module) -> Probe:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.random.fork_rng([device.index] if device.type == "cuda" else []))
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(_forward_replaced(head, known_head))
         try:
             output = model(**inputs)
@@ -173,7 +173,7 @@ def _capped(limit: float, u: float, z: float) -> Tail | None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout and the like off. The flags are set directly: ``train()`` of some modules does more."""
     flags = [(module, module.training) for module in model.modules()]
     try:

@@ -143,6 +143,23 @@ class PreferenceConfig(RunConfig):
             "help": "compute the reference's log-probs once, before training, and cache them on disk"
         },
     )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "sequences stand one after another in a row instead of each in its own"},
+    )
+    prefix_sharing: bool = field(
+        default=False,
+        metadata={
+            "help": "a pair's prompt is computed once for both answers; padding_free with that"
+        },
+    )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "of a micro-step on one device, at most: as many pairs as that allows instead of "
+            "per_device_train_batch_size"
+        },
+    )
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={
@@ -164,6 +181,14 @@ class PreferenceConfig(RunConfig):
         if self.router_aux_loss_coef is not None and not self.router_aux_loss_coef >= 0:
             raise ValueError(
                 f"router_aux_loss_coef: got {self.router_aux_loss_coef}, expected a number ≥ 0"
+            )
+        budget = self.tokens_per_batch
+        if budget is not None and not (isinstance(budget, int) and budget >= 1):
+            raise ValueError(f"tokens_per_batch: got {budget!r}, expected an integer ≥ 1, or None")
+        if budget and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy: got {self.train_sampling_strategy!r}, expected random with "
+                "tokens_per_batch, which puts rows of like length together by itself"
             )
         build_loss(self)  # checks what belongs to the loss
         check_noise_settings(self)

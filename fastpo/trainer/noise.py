@@ -37,18 +37,22 @@ def noise_seed(run_seed: int, step: int) -> int:
     return int.from_bytes(digest[:8], "little") % SEEDS
 
 
-def token_index(rows: Tensor, width: int, max_length: int | None) -> Tensor:
-    """(B, width) int64: data-set row · max_length + position, for data rows (B,) padded on the right.
+def token_index(rows: Tensor, positions: Tensor, longest: int, max_length: int | None) -> Tensor:
+    """(B, T) int64: data-set row · max_length + position, of data rows (B,) and positions (B, T).
+
+    Args:
+        rows, positions: int64.
+        longest: tokens that a sequence of the batch may have.
+        max_length: that a sequence of the run may have; None: 2³².
 
     Raises:
         ValueError: sequences longer than ``max_length``, whose tokens would share the noise of others.
     """
-    if max_length is not None and width > max_length:
+    if max_length is not None and longest > max_length:
         raise ValueError(
-            f"max_length: got {max_length}, expected at least {width}, the tokens of a row of the data set"
+            f"max_length: got {max_length}, expected at least {longest}, the tokens of a row of the data set"
         )
-    first = rows * (UNLIMITED_LENGTH if max_length is None else max_length)
-    return first[:, None] + torch.arange(width, device=rows.device)
+    return (rows * (UNLIMITED_LENGTH if max_length is None else max_length))[:, None] + positions
 
 
 def make_generator(model: nn.Module, config: PreferenceConfig) -> NoiseGenerator:

@@ -38,8 +38,9 @@ class NoisyHead:
     def __call__(
         self,
         model: nn.Module,
-        batch: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
         *,
+        known: Tensor | None,  # (2B,)
         seed: int,
         token_index: Tensor,  # (B, T)
         mean_tokens: Tensor,
@@ -49,15 +50,15 @@ class NoisyHead:
 
         Args:
             model: what to call, in evaluation mode.
-            batch: B pairs; where it holds ``ref_logps``, only the rejected half is run.
+            inputs: keywords of its forward with the labels of B pairs, (2B, T), or where ``known`` is given
+                of the rejected answers alone, (B, T).
+            known: log-prob sums without noise, of which those of the chosen answers are taken.
             seed: of the noise.
             token_index: which token each position of the rejected answers is.
             mean_tokens: see :func:`fastpo.losses.noisy_reference.score_with_noise`.
             differentiable: whether a gradient to the generator is wanted.
         """
-        known, pairs = batch.get("ref_logps"), len(token_index)
-        first = 0 if known is None else pairs
-        self._chosen = pairs - first
+        self._chosen = len(inputs["labels"]) - len(token_index)
         self._options: dict[str, Any] = {
             "seed": seed,
             "token_index": token_index,
@@ -65,12 +66,7 @@ class NoisyHead:
         }
         self._differentiable = differentiable and torch.is_grad_enabled()
         with torch.no_grad(), self._head:
-            model(
-                input_ids=batch["input_ids"][first:],
-                attention_mask=batch["attention_mask"][first:],
-                labels=batch["completion_labels"][first:],
-                use_cache=False,
-            )
+            model(**inputs)
         chosen, noisy = self._result
         del self._result, self._options
         if known is not None:

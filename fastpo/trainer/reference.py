@@ -40,17 +40,13 @@ _LAYOUT = 1  # raise when the numbers or their layout change
 logger = logging.get_logger(__name__)
 
 
-def reference_logps(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sequence log-probs (2B,) float64, nats, of a batch under a model with a fused head; without gradient."""
-    labels = batch["completion_labels"]
+def reference_logps(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Sequence log-probs (2B,) float64, nats, under a model with a fused head; without gradient.
+
+    ``inputs`` are keywords of the model's forward, the labels among them.
+    """
     with torch.no_grad():
-        outputs = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=labels,
-            use_cache=False,
-        )
-        return sequence_sums(outputs.log_probs, labels)[0]
+        return sequence_sums(model(**inputs).log_probs, inputs["labels"])[0]
 
 
 @contextmanager

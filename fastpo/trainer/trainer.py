@@ -14,15 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.integrations.liger import apply_liger_kernel
 
-from fastpo.data import DataReport, PreferenceCollator, tokenize_preferences
+from fastpo.data import DataReport, TokenBudgetSampler, tokenize_preferences
 from fastpo.head import FusedHead
 from fastpo.head.causal_lm import find_causal_lm
 from fastpo.losses import PreferenceOutput
 from fastpo.losses.noisy_reference import NoisyReference
 
 from . import reference
+from .batch_sampler import EpochOfSampler, prepared_loader
 from .checkpoint import load_run_state
 from .config import DEFAULT_LOSS_SETTINGS, LOSS_FIELDS, PreferenceConfig, build_loss
+from .layout import Layout, label_positions, sequence_width, token_shares, tokens_read
 from .model import disable_dropout, is_peft_model, router_coefficient
 from .noise import NoisePlayer, make_generator, noise_seed, token_index
 from .noisy_head import NoisyHead
@@ -31,6 +33,7 @@ from .resumable import ResumableTrainer, listed_rows
 
 if TYPE_CHECKING:
     import datasets
+    from torch.utils.data import DataLoader
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from transformers.trainer_utils import TrainOutput
 
@@ -44,6 +47,7 @@ class _MicroStep:
     output: PreferenceOutput  # its loss with a router's auxiliary loss
     rows: Tensor  # (B,) rows of the data set
     tokens: Tensor  # (), input tokens
+    shares: dict[str, Tensor]  # what the layout of the batch saves and wastes
 
 
 class PreferenceTrainer(ResumableTrainer):
@@ -68,7 +72,8 @@ class PreferenceTrainer(ResumableTrainer):
     Metrics have TRL's names and are means over all pairs since the last log line, on all ranks; in evaluation
     over all pairs of the set. ``num_tokens`` is the running total of input tokens, ``gamma/min`` and
     ``gamma/max`` are the extremes of γ. Means over tokens (``entropy``, ``mean_token_accuracy``, ``logits/*``)
-    are taken per micro-step and then weighted by its pairs.
+    are taken per micro-step and then weighted by its pairs. ``tokens/shared`` is the share of the sequences'
+    tokens that shared prompts left out, ``tokens/padding`` that of the batch's places which hold no token.
 
     Under ``method: dnpo`` the rejected answers' reference log-probs have trainable noise in training, none in
     evaluation (see :class:`fastpo.PreferenceLoss`). ``loss`` is the objective of the players in turn, whose two
@@ -107,6 +112,11 @@ class PreferenceTrainer(ResumableTrainer):
             raise TypeError(f"args: got {type(args).__name__}, expected a PreferenceConfig")
         core, _ = find_causal_lm(model)
         self.router_coefficient = router_coefficient(core, args.router_aux_loss_coef)
+        if self.router_coefficient and (args.padding_free or args.prefix_sharing):
+            raise ValueError(
+                f"router_aux_loss_coef: got {self.router_coefficient:g} with packed rows, expected 0: "
+                "transformers takes the load-balancing loss over padded rows"
+            )
         if args.disable_dropout:
             disable_dropout(model)
         self.data_reports: dict[str, DataReport] = {}
@@ -121,11 +131,16 @@ class PreferenceTrainer(ResumableTrainer):
         else:
             eval_dataset = self._tokenized(eval_dataset, "eval", args, processing_class)
         pad = processing_class.pad_token_id
+        self.layout = Layout(
+            args,
+            processing_class.eos_token_id if pad is None else pad,
+            *filter(None, (model, ref_model)),
+        )
         use_cache = getattr(core.config, "use_cache", None)
         super().__init__(
             model,
             args,
-            data_collator=PreferenceCollator(processing_class.eos_token_id if pad is None else pad),
+            data_collator=self.layout.collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -136,6 +151,8 @@ class PreferenceTrainer(ResumableTrainer):
             # Transformers switches it off for good; here every call says so, and a saved model generates.
             core.config.use_cache = use_cache
         self.model_accepts_loss_kwargs = False
+        self._epoch_of_sampler = EpochOfSampler()
+        self.add_callback(self._epoch_of_sampler)
         distributed = self.accelerator.num_processes > 1
         generator = None
         if args.method == "dnpo":
@@ -182,6 +199,21 @@ class PreferenceTrainer(ResumableTrainer):
             rows = rows.add_column(args.length_column_name, lengths)
         return rows
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As transformers', or with ``tokens_per_batch`` batches of as many pairs as that allows."""
+        if self.args.tokens_per_batch is None or self.train_dataset is None:
+            return super().get_train_dataloader()
+        sampler = TokenBudgetSampler(
+            self.layout.tokens(self.train_dataset),
+            self.args.tokens_per_batch,
+            padded=not self.layout.packed,
+            ranks=self.accelerator.num_processes,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
+        self._epoch_of_sampler.sampler = sampler
+        rows = self._remove_unused_columns(self.train_dataset, description="Training")
+        return prepared_loader(rows, sampler, self.data_collator, self.args, self.accelerator)
+
     def _set_signature_columns_if_needed(self) -> None:
         """The collator reads these columns, not the model's arguments."""
         self._signature_columns = [
@@ -223,6 +255,7 @@ class PreferenceTrainer(ResumableTrainer):
             and (self._noise is not None or not args.precompute_ref_log_probs)
         ):
             ref_model = copy.deepcopy(policy)
+            self.layout.add_copy(ref_model)
         op_kwargs: dict[str, Any] = {
             "backward": args.backward,
             "tol": args.tol,
@@ -275,15 +308,16 @@ class PreferenceTrainer(ResumableTrainer):
     def _reference_logps(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(2B,) float64."""
         with self.accelerator.autocast():
+            inputs = self.layout.inputs(self.ref_model or self.model, batch)
             if self.ref_model is not None:
-                return reference.reference_logps(self.ref_model, batch)
+                return reference.reference_logps(self.ref_model, inputs)
             if not is_peft_model(self.model):
                 raise ValueError(
                     f"loss {self.args.loss_type!r} needs reference log-probs, which this data set lacks "
                     "(they were precomputed for the others)"
                 )
             with reference.base_model(self.model):
-                return reference.reference_logps(self.model, batch)
+                return reference.reference_logps(self.model, inputs)
 
     def _precompute_reference(self) -> None:
         """Add the reference's log-probs to all data sets, and let go of its model unless noise needs it."""
@@ -329,10 +363,7 @@ class PreferenceTrainer(ResumableTrainer):
             ref_logps = self._reference_logps(inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and player != "noise"):
             outputs = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                labels=labels,
-                use_cache=False,
+                **self.layout.inputs(model, inputs),
                 **({"output_router_logits": True} if self.router_coefficient else {}),
             )
         self.loss_module.train(model.training)
@@ -350,20 +381,26 @@ class PreferenceTrainer(ResumableTrainer):
         self, noise: NoisePlayer, inputs: Mapping[str, Tensor], player: str
     ) -> tuple[Tensor, NoisyReference]:
         """The reference's log-prob sums (2B,) without noise, and those of the rejected answers under noise."""
-        rows, width = inputs["rows"], inputs["input_ids"].shape[1]
+        rows, positions = inputs["rows"], label_positions(inputs).chunk(2)[1]
+        known = inputs.get("ref_logps")
         options: dict[str, Any] = {
+            "known": known,
             "seed": noise_seed(self.args.seed, self.state.global_step),
-            "token_index": token_index(rows, width, self.args.max_length),
+            "token_index": token_index(
+                rows, positions, sequence_width(inputs), self.args.max_length
+            ),
             # Undone by the weight of the micro-step's loss: the penalty's own is its share of the tokens.
             "mean_tokens": noise.mean_tokens * (len(rows) / (self._mean_pairs or len(rows))),
             "differentiable": player != "model",
         }
         with self.accelerator.autocast():
+            model = self.ref_model or self.model
+            scored = self.layout.inputs(model, inputs, rejected_only=known is not None)
             if self.ref_model is not None:
-                logps, noisy = self._noisy_head(self.ref_model, inputs, **options)
+                logps, noisy = self._noisy_head(model, scored, **options)
             else:
-                with reference.base_model(self.model):
-                    logps, noisy = self._noisy_head(self.model, inputs, **options)
+                with reference.base_model(model):
+                    logps, noisy = self._noisy_head(model, scored, **options)
         noise.hidden = noisy.hidden
         return logps, noisy
 
@@ -385,8 +422,11 @@ class PreferenceTrainer(ResumableTrainer):
             pairs = len(inputs["rows"])
             if self._mean_pairs is not None:
                 loss = loss * (pairs / self._mean_pairs)
-            tokens = inputs["attention_mask"].sum()
-            self._micro_steps.append(_MicroStep(_detached(result), inputs["rows"], tokens))
+            self._micro_steps.append(
+                _MicroStep(
+                    _detached(result), inputs["rows"], tokens_read(inputs), token_shares(inputs)
+                )
+            )
         return (loss, result) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -399,7 +439,7 @@ class PreferenceTrainer(ResumableTrainer):
             )
         self._stop_together(self._problem(norms))
         for step in self._micro_steps:
-            metrics = _metrics(step.output)
+            metrics = _metrics(step.output) | {k: float(v) for k, v in step.shares.items()}
             if self._noise is not None:
                 metrics["noise/grad_norm"] = norms["the noise's gradient"]
                 if self.is_world_process_zero():

@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
+from equal_runs import assert_equal_runs
 
 from fastpo.trainer import PreferenceTrainer
 
@@ -22,16 +22,6 @@ def run(trainer: Callable[..., PreferenceTrainer], **settings: Any) -> Preferenc
     )  # fmt: skip
     made.train()
     return made
-
-
-def assert_equal_runs(one: PreferenceTrainer, other: PreferenceTrainer) -> None:
-    for name in ("loss", "grad_norm", "rewards/margins"):
-        values = [[e[name] for e in r.state.log_history if name in e] for r in (one, other)]
-        assert values[0] == pytest.approx(values[1], rel=1e-6, abs=1e-6), name
-    for name, parameter in one.model.named_parameters():
-        torch.testing.assert_close(
-            parameter, other.model.get_parameter(name), rtol=0, atol=1e-6, msg=name
-        )
 
 
 @pytest.mark.parametrize("loss_type", PER_PAIR)

@@ -34,6 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "kto": {"loss_type": "kto_pair", "sft_weight": 0.3},
     "precomputed": {"precompute_ref_log_probs": True},
+    "shared-prompts": {"prefix_sharing": True, "gradient_accumulation_steps": 2},
     "dnpo": {
         "method": "dnpo",
         "gradient_accumulation_steps": 2,

@@ -137,10 +137,12 @@ def test_noise_is_a_function_of_run_step_row_and_position() -> None:
     assert all(0 <= s < 2**64 for s in seeds)
     assert noise_seed(7, 3) == noise_seed(7, 3)
     rows = torch.tensor([5, 0])
-    assert token_index(rows, 3, 10).tolist() == [[50, 51, 52], [0, 1, 2]]
-    assert token_index(rows, 2, None).tolist() == [[5 * 2**32, 5 * 2**32 + 1], [0, 1]]
+    positions = torch.arange(3).expand(2, 3)
+    assert token_index(rows, positions, 3, 10).tolist() == [[50, 51, 52], [0, 1, 2]]
+    first = 5 * 2**32
+    assert token_index(rows, positions[:, :2], 2, None).tolist() == [[first, first + 1], [0, 1]]
     with pytest.raises(ValueError, match="max_length: got 10, expected at least 11"):
-        token_index(rows, 11, 10)
+        token_index(rows, positions, 11, 10)
 
 
 # ---- Batches and schedules ----

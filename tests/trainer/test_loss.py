@@ -139,7 +139,7 @@ def test_metrics_have_trls_names(trainer: Callable[..., PreferenceTrainer]) -> N
         "loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "entropy",
         "mean_token_accuracy", "rewards/chosen", "rewards/rejected", "rewards/margins",
         "rewards/accuracies", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
-        "nll_loss", "gamma/mean", "gamma/std", "gamma/min", "gamma/max",
+        "nll_loss", "gamma/mean", "gamma/std", "gamma/min", "gamma/max", "tokens/shared", "tokens/padding",
     }  # fmt: skip
     assert set(run.state.log_history[0]) == expected
 

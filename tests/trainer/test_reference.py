@@ -41,9 +41,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     original = reference.reference_logps
 
-    def count(model: nn.Module, batch: Any) -> torch.Tensor:
-        calls.append(len(batch["rows"]))
-        return original(model, batch)
+    def count(model: nn.Module, inputs: Any) -> torch.Tensor:
+        calls.append(len(inputs["labels"]) // 2)
+        return original(model, inputs)
 
     monkeypatch.setattr(reference, "reference_logps", count)
     return calls

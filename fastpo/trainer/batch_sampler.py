@@ -1,0 +1,52 @@
+"""Training with a sampler of whole batches: its loader, and its epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+from fastpo.data import TokenBudgetSampler
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import TrainerState, TrainingArguments
+
+
+class EpochOfSampler(TrainerCallback):
+    """Tells a batch sampler its epoch; accelerate does not reach it where a resumed epoch skips batches."""
+
+    sampler: TokenBudgetSampler | None = None
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.sampler is not None:
+            # A resumed epoch begins at a fraction.
+            self.sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+def prepared_loader(
+    rows: Any,
+    sampler: TokenBudgetSampler,
+    collator: Callable[..., Any],
+    args: TrainingArguments,
+    accelerator: Accelerator,
+) -> DataLoader[Any]:
+    """A loader whose batches are dealt out to the ranks in turn."""
+    loader: DataLoader[Any] = DataLoader(
+        rows,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    # The sampler gives every rank equally many batches; accelerate evens out only batches of one size.
+    config = accelerator.dataloader_config
+    even, config.even_batches = config.even_batches, False
+    try:
+        return accelerator.prepare(loader)  # type: ignore[no-any-return]
+    finally:
+        config.even_batches = even
