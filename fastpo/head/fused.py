@@ -337,6 +337,11 @@ class _HeadForward:
         call = self.patch.call
         if call is None or not any(self.module is target for target in call.installed.targets):
             return self.fastpo_original(*args, **kwargs)
+        if "adapter_names" in kwargs:
+            raise ValueError(
+                f"adapter_names: got {kwargs['adapter_names']} for the head, expected none together with "
+                "labels: one call scores all its rows under the same adapters"
+            )
         return self.patch.head_forward(self.module, self.fastpo_original, *args, **kwargs)
 
 

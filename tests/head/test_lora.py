@@ -246,6 +246,14 @@ def test_operation_of_ones_own(build_model, batch, plain_logprobs):
             model(batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
 
 
+def test_an_adapter_per_row_is_refused(build_model, batch):
+    model = adapt(build_model("llama"))
+    names = ["default", "__base__", "default"]
+    with FusedHead(model), pytest.raises(ValueError, match=r"adapter_names: got \['default'"):
+        model(input_ids=batch.input_ids, labels=batch.labels, adapter_names=names)
+    assert model(input_ids=batch.input_ids, adapter_names=names).logits.shape[0] == 3
+
+
 def test_nothing_is_left_behind(build_model, batch):
     model = adapt(build_model("llama"))
     model_logprobs(model, *batch)

@@ -122,17 +122,6 @@ def test_dora_on_the_head_is_trained_through_its_logits(
         check_first_step(adapted, pairs, trainer)
 
 
-def test_dnpo_with_an_adapter_on_the_head(
-    model: Any, pairs: datasets.Dataset, trainer: Runner
-) -> None:
-    """The noise enters the base's own logits; the head's adapter is off there."""
-    adapted = trained_somewhat(add_adapter(model, HEAD))
-    run = trainer(adapted, pairs.select(range(BATCH)), method="dnpo", loss_type="dpo", max_steps=2)
-    before = run.loss_module.noise.weight.detach().clone()
-    run.train()
-    assert not torch.equal(run.loss_module.noise.weight, before)
-
-
 @pytest.fixture
 def quantizable(tmp_path: Path, tokenizer: Any, seed: int) -> Path:
     """A model whose layers consist of whole blocks of 64 inputs."""
@@ -234,3 +223,37 @@ def test_qlora(
     assert "Linear4bit" in layers
     assert FusedHead(adapted).method == "fused"
     check_first_step(adapted, pairs, trainer, **options)
+
+
+@needs_bitsandbytes
+def test_quantised_head_makes_its_own_logits(
+    quantizable: Path, pairs: datasets.Dataset, trainer: Runner, settings: Settings
+) -> None:
+    config = settings(
+        model_name_or_path=str(quantizable),
+        model_init_kwargs={"quantization_config": FOUR_BITS | {"llm_int8_skip_modules": ["none"]}},
+        peft=HEAD,
+    )
+    adapted = trained_somewhat(model_to_train(config))
+    assert type(adapted.get_output_embeddings().base_layer).__name__ == "Linear4bit"
+    with pytest.warns(UserWarning, match="a Linear4bit, not a plain linear layer"):
+        check_first_step(adapted, pairs, trainer)
+
+
+@needs_bitsandbytes
+def test_evaluation_leaves_the_quantised_layers_differentiable(
+    quantizable: Path, settings: Settings
+) -> None:
+    config = settings(
+        model_name_or_path=str(quantizable),
+        model_init_kwargs={"quantization_config": FOUR_BITS},
+        peft=HEAD,
+    )
+    adapted = trained_somewhat(model_to_train(config)).eval()
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad(), adapted.disable_adapter():
+        adapted(input_ids=ids)
+    adapted.train()(input_ids=ids).logits.square().sum().backward()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert len(trained) == 6
+    assert all(p.grad is not None and p.grad.any() for p in trained)
