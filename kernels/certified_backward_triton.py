@@ -178,7 +178,7 @@ def _add_pieces(
     ]
 )
 def _products_kernel(
-    dz, dz_row, hidden, hidden_row, hidden_col, weight, weight_row, weight_col, source, columns, H,
+    dz, dz_row, hidden, hidden_row, hidden_col, weight, weight_row, weight_col, source, columns, H, K,
     unit_entries, unit_starts, tile_entries, tile_starts,
     units, tiles, first_unit, last_unit, first_tile, last_tile, unit_programs,
     d_hidden, hidden_sum, d_weight, weight_sum, unscale,
@@ -199,7 +199,7 @@ def _products_kernel(
         if WEIGHT:
             _add_pieces(
                 pid - unit_programs, (last_tile - first_tile) * (TILE // ROWS), dz, 1, dz_row,
-                columns, first_tile * TILE, hidden, hidden_row, hidden_col, source, H,
+                columns, first_tile * TILE, hidden, hidden_row, hidden_col, source, K,
                 tile_entries, tile_starts, units, first_unit, last_unit, d_weight, weight_sum, unscale,
                 SUM_WEIGHT, IN_PLACE, TILE, UNIT, ROWS, COLS, DEPTH, GROUP,
             )  # fmt: skip
@@ -267,11 +267,16 @@ def launch_backward(
     low_memory: bool,
     target: Target,
     budget: int,  # bytes of workspace
+    last_columns: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden (N, H), weight (V, H) and bias (V,) in their dtypes; None where not needed."""
-    n, vocab = labels.numel(), weight.shape[0]
+    """Gradients of hidden (N, H), weight (V, H) and bias (V,) in their dtypes; None where not needed.
+
+    With ``last_columns`` that of the weight is (V, last_columns), of so many of its last columns.
+    """
+    n, (vocab, width) = labels.numel(), weight.shape
     d_hidden = hidden.new_zeros(hidden.shape) if need_hidden else None
-    d_weight = weight.new_zeros(weight.shape) if need_weight else None
+    trained = width if last_columns is None else last_columns
+    d_weight = weight.new_zeros(vocab, trained) if need_weight else None
     d_bias = weight.new_zeros(vocab, dtype=torch.float32) if need_bias else None
     if n > 0 and (need_hidden or need_weight or need_bias):
         use = "pieces" if transform.softcap is None else "pieces softcap"
@@ -397,16 +402,19 @@ def add_products(
 ) -> None:
     """What the pieces of ``p`` add to dH and dW; None is not made. dH's programs, the longest, start first."""
     config, t, width = call.product_config, call.tiles, call.hidden.shape[1]
-    cols = triton.cdiv(width, config.cols)
+    trained = width if d_weight is None else d_weight.shape[1]  # the weight's last columns
     sums = (hidden_sum, d_hidden), (weight_sum, d_weight)
     unit_programs = tile_programs = 0
     if d_hidden is not None:
-        unit_programs = (p.units.stop - p.units.start) * (t.unit // config.rows) * cols
+        unit_programs = (p.units.stop - p.units.start) * (t.unit // config.rows)
+        unit_programs *= triton.cdiv(width, config.cols)
     if d_weight is not None:
-        tile_programs = (p.tiles.stop - p.tiles.start) * (t.tile // config.rows) * cols
+        tile_programs = (p.tiles.stop - p.tiles.start) * (t.tile // config.rows)
+        tile_programs *= triton.cdiv(trained, config.cols)
     _products_kernel[(unit_programs + tile_programs,)](
-        dz, dz.stride(0), call.hidden, *call.hidden.stride(), call.weight, *call.weight.stride(),
-        t.source, t.columns, width, *t.of_unit, *t.of_tile, *t.flags.shape,
+        dz, dz.stride(0), call.hidden[:, width - trained :], *call.hidden.stride(),
+        call.weight, *call.weight.stride(), t.source, t.columns, width, trained,
+        *t.of_unit, *t.of_tile, *t.flags.shape,
         p.units.start, p.units.stop, p.tiles.start, p.tiles.stop, unit_programs,
         d_hidden, hidden_sum, d_weight, weight_sum, call.unscale,
         HIDDEN=d_hidden is not None, WEIGHT=d_weight is not None,

@@ -243,8 +243,11 @@ def backward(
     need_weight: bool,
     need_bias: bool,
     low_memory: bool,
+    last_columns: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients (N, H), (V, H), (V,) in the dtypes of the inputs, from each block's columns.
+
+    With ``last_columns`` dW is (V, last_columns), of so many last columns of the weight, and costs accordingly.
 
     A head in low precision needs a float32 sum for dW. With n ≤ V slices of V are walked outside and dH is
     summed up in float32, else dW is; with ``low_memory`` each gradient has a sweep of its own.
@@ -254,17 +257,16 @@ def backward(
     device = hidden.device
     # Contiguous, whatever the strides of the inputs: that is what the operator declares.
     d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if need_hidden else None
-    d_weight = None
+    d_weight, trained = None, width if last_columns is None else last_columns
     if need_weight:  # a sum in another dtype is copied to it whole
         made = torch.zeros if weight.dtype == dtype else torch.empty
-        d_weight = made(weight.shape, dtype=weight.dtype, device=device)
+        d_weight = made((vocab, trained), dtype=weight.dtype, device=device)
     d_bias = torch.zeros(vocab, dtype=dtype, device=device) if need_bias else None
     grad = grad.to(dtype)
     plan = plan_certified_backward(vocab, width, block_rows(device), device, dtype)
     groups = make_groups(grad, counts, vocab, plan)
-    room = _Room(
-        min(n, plan.group_rows), min(vocab, plan.piece_cols), width, weight.dtype, dtype, device
-    )
+    sizes = min(n, plan.group_rows), min(vocab, plan.piece_cols), width, trained
+    room = _Room(*sizes, weight.dtype, dtype, device)
     whole = [slice(0, vocab)]
     sliced = whole
     if need_weight and weight.dtype != dtype and (low_memory or n <= vocab):
@@ -277,7 +279,7 @@ def backward(
         db_out = d_bias if dw_out is not None or d_weight is None else None
         sums = None  # room for the wide dW of a slice, the first of which is the longest
         if dw_out is not None and dw_out.dtype != dtype:
-            sums = torch.empty((slices[0].stop, width), dtype=dtype, device=device)
+            sums = torch.empty((slices[0].stop, trained), dtype=dtype, device=device)
 
         def add(group: Group, v: slice, dw: Tensor | None) -> None:
             places = group.places
@@ -322,12 +324,13 @@ class _Room:
         rows: int,
         cols: int,
         width: int,
+        trained: int,
         narrow: torch.dtype,
         wide: torch.dtype,
         device: torch.device,
     ) -> None:
         self.weight = torch.empty((cols, width), dtype=narrow, device=device)
-        self.d_weight = torch.empty((cols, width), dtype=wide, device=device)
+        self.d_weight = torch.empty((cols, trained), dtype=wide, device=device)
         self.logits = torch.empty(rows * cols, dtype=wide, device=device)
 
 

@@ -54,12 +54,16 @@ def backward(
     need_weight: bool,
     need_bias: bool,
     low_memory: bool,
+    last_columns: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients (N, H), (V, H), (V,) in the dtypes of the inputs, from each block's columns."""
+    """Gradients (N, H), (V, H), (V,) in the dtypes of the inputs, from each block's columns.
+
+    With ``last_columns`` dW is (V, last_columns), of so many last columns of the weight, and costs accordingly.
+    """
     target = target_for(hidden, weight)
     with torch.cuda.device_of(hidden):
         return launch_backward(
             grad.float(), hidden, weight, bias, labels, rows, lse, columns, counts, block_rows(hidden.device),
             transform, need_hidden, need_weight, need_bias and bias is not None, low_memory,
-            target, chunking.budget_bytes(hidden.device),
+            target, chunking.budget_bytes(hidden.device), last_columns,
         )  # fmt: skip

@@ -118,14 +118,23 @@ def launch_backward(
     need_bias: bool,
     target: Target,
     budget: int,  # bytes of workspace
+    last_columns: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden (N, H), weight (V, H) and bias (V,) in their dtypes; None where not needed."""
+    """Gradients of hidden (N, H), weight (V, H) and bias (V,) in their dtypes; None where not needed.
+
+    With ``last_columns`` that of the weight is (V, last_columns), of so many of its last columns.
+    """
     n, (vocab, width), device = labels.numel(), weight.shape, hidden.device
     unwritten = n == 0 or (rows is not None and n > vocab)
     d_hidden = (
         _gradient(hidden.shape, hidden.dtype, device, zero=unwritten) if need_hidden else None
     )
-    d_weight = _gradient(weight.shape, weight.dtype, device, zero=n == 0) if need_weight else None
+    trained = slice(0 if last_columns is None else width - last_columns, width)
+    d_weight = (
+        _gradient((vocab, width - trained.start), weight.dtype, device, zero=n == 0)
+        if need_weight
+        else None
+    )
     d_bias = _gradient((vocab,), torch.float32, device, zero=True) if need_bias else None
     if n == 0 or not (need_hidden or need_weight or need_bias):
         return d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype)
@@ -134,7 +143,8 @@ def launch_backward(
     grad, lse, labels = grad.contiguous(), lse.contiguous(), labels.contiguous()
     bias, rows = contiguous(bias), contiguous(rows)
     use = "logits" if transform.softcap is None else "logits softcap"
-    config, bulk = tile_config(use, target, hidden, weight), bulk_copies(target, hidden, weight)
+    config = tile_config(use, target, hidden, weight)
+    bulk = bulk_copies(target, hidden, weight, hidden[:, trained])
     product_config = tile_config("matmul", target, hidden, weight)
     # Whole tiles both of the kernel that writes dz and of the products that read it, dz lying either way.
     step = max(product_config.rows, product_config.depth)
@@ -154,7 +164,7 @@ def launch_backward(
         sum_hidden = d_hidden if in_place else _gradient((n, width), torch.float32, device)
     if len(slices) > 1 and cut_rows and d_weight is not None:
         in_place = d_weight.dtype == torch.float32
-        sum_weight = d_weight if in_place else _gradient((vocab, width), torch.float32, device)
+        sum_weight = d_weight if in_place else _gradient(d_weight.shape, torch.float32, device)
 
     # If every slice needs all kept rows, their copy lies in d_hidden, which is free until the last product.
     kept = hidden
@@ -202,7 +212,7 @@ def launch_backward(
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if d_weight is not None:
-            add_product(dz.t(), kept, d_weight[c], sum_weight, first, last)
+            add_product(dz.t(), kept[:, trained], d_weight[c], sum_weight, first, last)
         if d_bias is not None:
             d_bias[c] += dz.sum(dim=0, dtype=torch.float32) * unscale
         if d_hidden is not None:

@@ -142,8 +142,11 @@ def backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    last_columns: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Exact gradients (N, H), (V, H), (V,) in the dtypes of the inputs; a product not needed is not made.
+
+    With ``last_columns`` dW is (V, last_columns), of so many last columns of the weight, and costs accordingly.
 
     Of n and V the larger is walked outside. The gradient that belongs to it is then finished span by span and
     written once in its final dtype, and only the other, min(n, V)·H, lives in a wide accumulator throughout.
@@ -153,7 +156,8 @@ def backward(
     tile = plan_tile(n, vocab, width, hidden.device, dtype)
     grad = grad.to(dtype)
     d_hidden = _zeros(hidden.shape, hidden.dtype, hidden.device) if need_hidden else None
-    d_weight = _zeros(weight.shape, weight.dtype, weight.device) if need_weight else None
+    trained = width if last_columns is None else last_columns
+    d_weight = _zeros((vocab, trained), weight.dtype, weight.device) if need_weight else None
     d_bias = _zeros((vocab,), dtype, weight.device) if need_bias else None
     room = torch.empty(tile.rows * tile.cols, dtype=dtype, device=hidden.device)
 
@@ -264,14 +268,14 @@ def add_products(
     h: Tensor,  # (R, H)
     w: Tensor,  # (C, H)
     dh: Tensor | None,  # (R, H)
-    dw: Tensor | None,  # (C, H)
+    dw: Tensor | None,  # (C, H), or (C, K) of the last K columns of w
     db: Tensor | None,  # (C,)
 ) -> None:
     """dh += dz·w, dw += dzᵀ·h and db += Σ_rows dz, of those that are wanted."""
     if dh is not None:
         add_product(dh, dz, w)
     if dw is not None:
-        add_product(dw, dz.t(), h)
+        add_product(dw, dz.t(), h[:, h.shape[1] - dw.shape[1] :])
     if db is not None:
         db += dz.sum(dim=0)
 

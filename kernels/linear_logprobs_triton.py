@@ -57,14 +57,18 @@ def backward(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    last_columns: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Exact gradients (N, H), (V, H), (V,) in the dtypes of the inputs; a product not needed is not made."""
+    """Exact gradients (N, H), (V, H), (V,) in the dtypes of the inputs; a product not needed is not made.
+
+    With ``last_columns`` dW is (V, last_columns), of so many last columns of the weight, and costs accordingly.
+    """
     target = target_for(hidden, weight)
     with torch.cuda.device_of(hidden):
         return launch_backward(
             grad.float(), hidden, weight, bias, labels, rows, lse, transform,
             need_hidden, need_weight, need_bias and bias is not None,
-            target, chunking.budget_bytes(hidden.device),
+            target, chunking.budget_bytes(hidden.device), last_columns,
         )  # fmt: skip
 
 

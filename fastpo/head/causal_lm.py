@@ -70,10 +70,11 @@ def linear_layers(head: nn.Module) -> list[nn.Linear] | None:
         layers = [original, *copies.values()]
     else:
         layers = [head]
-    return layers if all(_is_plain_linear(layer) for layer in layers) else None  # type: ignore[return-value]
+    return layers if all(is_plain_linear(layer) for layer in layers) else None  # type: ignore[return-value]
 
 
-def _is_plain_linear(layer: nn.Module) -> bool:
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether ``layer`` computes W h + b with a weight that is a plain tensor."""
     # A subclass with a forward of its own (LoRA, quantised), a forward put on the instance (offloading hooks)
     # or a weight that is no plain tensor (quantised) computes something other than W h + b.
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:

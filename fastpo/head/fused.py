@@ -19,6 +19,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from transformers.utils import ModelOutput
 
 from fastpo.head.causal_lm import find_causal_lm, linear_layers
 from fastpo.head.fallback import chunked_logprobs
+from fastpo.head.lora import is_lora, is_plain_lora, lora_logprobs
 from fastpo.head.tail import Tail, probe_tail
 from fastpo.ops.arguments import kept_rows
 from fastpo.ops.linear_logprobs import TokenStats, linear_logprobs
@@ -61,9 +63,10 @@ class FusedHead:
     of that number among the (B·T, H): rows in which several sequences stand, or share a prompt, are scored so,
     a hidden state as often as it is named. ``log_probs`` has the shape of the labels.
 
-    ``method`` says how log-probs are made: ``"fused"`` by :func:`fastpo.linear_logprobs`; ``"chunked"`` if the
-    head is not a plain linear layer (LoRA on it, quantised): by the head itself on chunks of labelled rows;
-    ``"compact"`` if what follows the head is not softcap·tanh(scale·z/softcap): from the logits of all labelled
+    ``method`` says how log-probs are made: ``"fused"`` by :func:`fastpo.linear_logprobs`, also for LoRA on the
+    head (``lora.py``, with the memory it takes); ``"chunked"`` if the head is anything but linear layers (DoRA
+    or another variant on it, quantised): by the head itself on chunks of labelled rows; ``"compact"`` if what
+    follows the head is not softcap·tanh(scale·z/softcap): from the logits of all labelled
     rows. The last two warn on construction.
 
     Raises:
@@ -100,7 +103,8 @@ class FusedHead:
         layers = linear_layers(self.head)
         name = type(self.model).__name__
         self.operation = operation
-        if operation is not linear_logprobs and (tail is None or layers is None):
+        lora = is_plain_lora(self.head)
+        if operation is not linear_logprobs and (tail is None or (layers is None and not lora)):
             raise ValueError(
                 f"operation: the head of {name} is a {type(self.head).__name__}"
                 + (" whose logits the model changes" if tail is None else "")
@@ -113,7 +117,7 @@ class FusedHead:
                 f"taken from the logits of all labelled rows, which need memory for rows × {self.vocab}",
                 stacklevel=3,
             )
-        elif layers is None:
+        elif layers is None and not lora:
             self.method = "chunked"
             warnings.warn(
                 f"the head of {name} is a {type(self.head).__name__}, not a plain linear layer: log-probs are "
@@ -122,7 +126,7 @@ class FusedHead:
             )
         else:
             self.method = "fused"
-            self.targets = [*layers]
+            self.targets = [*(layers or self.targets)]
         self._installed = 0
 
     def install(self) -> None:
@@ -270,16 +274,15 @@ class _Patch:
                 f"labels: got shape {tuple(labels.shape)}, but {type(call.installed.model).__name__} gives its "
                 f"head hidden states of shape {tuple(hidden.shape)}"
             )
-        if call.installed.method == "fused":
-            result = call.installed.operation(
-                hidden,
-                module.weight,
-                labels,
-                module.bias,
-                logit_scale=tail.scale,
-                softcap=tail.softcap,
-                **options,
-            )
+        # Adapters come and go: one of another kind leaves the call to the chunks.
+        lora = is_lora(module)
+        if call.installed.method == "fused" and (not lora or is_plain_lora(module)):
+            operation = call.installed.operation
+            if lora:
+                score = partial(lora_logprobs, module, operation, hidden, labels)
+            else:
+                score = partial(operation, hidden, module.weight, labels, module.bias)
+            result = score(logit_scale=tail.scale, softcap=tail.softcap, **options)
             logps, call.token_stats = result if options["return_stats"] else (result, None)
             # Not a view: FSDP warns of those, as an in-place change of one would lose its hooks.
             return logps.clone()
@@ -344,6 +347,11 @@ class _HeadForward:
         call = self.patch.call
         if call is None or not any(self.module is target for target in call.installed.targets):
             return self.fastpo_original(*args, **kwargs)
+        if "adapter_names" in kwargs:
+            raise ValueError(
+                f"adapter_names: got {kwargs['adapter_names']} for the head, expected none together with "
+                "labels: one call scores all its rows under the same adapters"
+            )
         return self.patch.head_forward(self.module, self.fastpo_original, *args, **kwargs)
 
 

@@ -21,14 +21,19 @@ def check_tensors(bias: Tensor | None, **required: Tensor) -> None:
 
 def under_autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors as a linear layer takes them: cast to the autocast dtype where that is on; float64 stays."""
-    tensors = (hidden, *others)
-    if not torch.is_autocast_enabled(hidden.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(hidden.device.type)
+    device = hidden.device.type
     return tuple(
-        t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
-        for t in tensors
+        None if t is None else t.to(dtype_under_autocast(t.dtype, device))
+        for t in (hidden, *others)
     )
+
+
+def dtype_under_autocast(dtype: torch.dtype, device: str) -> torch.dtype:
+    """The dtype in which a linear layer takes a tensor of ``dtype`` on this type of device."""
+    stays = dtype == torch.float64 or not dtype.is_floating_point
+    if stays or not torch.is_autocast_enabled(device):
+        return dtype
+    return torch.get_autocast_dtype(device)
 
 
 def check_arguments(

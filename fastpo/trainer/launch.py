@@ -15,7 +15,7 @@ from fastpo.data import load_preferences
 
 from .checkpoint import find_resume_point
 from .config import PreferenceConfig
-from .model import add_adapter, checked_name, load_model, load_tokenizer
+from .model import add_adapter, checked_name, is_quantized, load_model, load_tokenizer
 from .run_config import save_config
 from .trainer import PreferenceTrainer
 
@@ -91,9 +91,24 @@ def check_sources(config: RunConfig) -> None:
 
 
 def model_to_train(config: RunConfig) -> PreTrainedModel:
-    """The model that a configuration names, in an adapter where it asks for one."""
+    """The model that a configuration names, in an adapter where it asks for one.
+
+    Raises:
+        ValueError: what :func:`load_model` and :func:`add_adapter` raise, or a quantised model without adapter.
+    """
     model = load_model(config)
-    return add_adapter(model, config.peft) if isinstance(config.peft, Mapping) else model
+    if not isinstance(config.peft, Mapping):
+        if is_quantized(model):
+            raise ValueError(
+                f"peft: got None, expected a mapping ({{}} for its defaults): the weights of "
+                f"{config.model_name_or_path} are quantised and can only be trained by an adapter"
+            )
+        return model
+    adapted = add_adapter(model, config.peft)
+    if (config.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        # Checkpoints of this kind pass no gradient on if their input has none, as a frozen embedding's has.
+        adapted.enable_input_require_grads()
+    return adapted
 
 
 def run_to_its_end(trainer: PreferenceTrainer | SFTTrainer) -> None:

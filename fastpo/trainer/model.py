@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import model_files
 
@@ -48,13 +50,18 @@ def load_causal_lm(name: str, field: str, arguments: Mapping[str, Any]) -> PreTr
         arguments: of ``from_pretrained``.
 
     Raises:
-        ValueError: it cannot be loaded so.
+        TypeError: a ``quantization_config`` that is no mapping.
+        ValueError: it cannot be loaded so, or bitsandbytes has no such field of its ``quantization_config``.
     """
+    _check_quantization(arguments.get("quantization_config"))
     try:
         return AutoModelForCausalLM.from_pretrained(name, **arguments)
     except (OSError, ValueError, TypeError, ImportError) as error:
-        attention = arguments.get("attn_implementation")
-        options = f" with attn_implementation {attention!r}" if attention else ""
+        options = "".join(
+            f" with {option} {arguments[option]!r}"
+            for option in ("attn_implementation", "quantization_config")
+            if arguments.get(option)
+        )
         raise ValueError(f"{field}: {name} could not be loaded{options}: {error}") from error
 
 
@@ -129,7 +136,8 @@ def add_adapter(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrain
     """``model`` inside a PEFT model with a fresh LoRA adapter.
 
     Args:
-        model: the base, which is frozen.
+        model: the base, which is frozen. If it is quantised (QLoRA), what is left in 16 bits, such as norms,
+            embedding and head, becomes float32 (``peft.prepare_model_for_kbit_training``).
         settings: fields of ``peft.LoraConfig``.
 
     Raises:
@@ -138,19 +146,60 @@ def add_adapter(model: PreTrainedModel, settings: Mapping[str, Any]) -> PreTrain
             refuses.
     """
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     except ImportError as error:
         raise ImportError("peft: needs the package peft (pip install fastpo[peft])") from error
     known = [f.name for f in dataclasses.fields(LoraConfig) if f.init]
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.65)
-            hint = "".join(f", did you mean {n!r}?" for n in near)
-            raise ValueError(f"peft: LoraConfig has no field {name!r}{hint}")
+    _check_fields(settings, known, "peft: LoraConfig")
+    if is_quantized(model):
+        # Gradient checkpointing is the trainer's to switch on.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        _keep_differentiable(model)
     try:
         return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"peft: {error}") from error
+
+
+def _check_fields(given: Iterable[str], known: Iterable[str], owner: str) -> None:
+    """Raise ValueError for a name that is not known; one of a like name is told."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.65)
+            hint = "".join(f", did you mean {n!r}?" for n in near)
+            raise ValueError(f"{owner} has no field {name!r}{hint}")
+
+
+def _check_quantization(given: Any) -> None:
+    if given is None or isinstance(given, QuantizationConfigMixin):
+        return
+    name = "model_init_kwargs: quantization_config"
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{name}: got {type(given).__name__}, expected a mapping such as {{load_in_4bit: true}}"
+        )
+    # transformers knows those of bitsandbytes without a method named, and passes over fields it does not know.
+    by_bitsandbytes = {"load_in_4bit", "load_in_8bit"} & set(given)
+    if given.get("quant_method", "bitsandbytes" if by_bitsandbytes else None) == "bitsandbytes":
+        known = inspect.signature(BitsAndBytesConfig).parameters
+        _check_fields(given, {"quant_method", *known} - {"kwargs"}, f"{name}: BitsAndBytesConfig")
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing a layer's weight anew when it is first evaluated on a CPU with AVX-512.
+
+    It stays so, and no gradient passes a layer packed like that: training after an evaluation, or beside a
+    reference, would leave the adapters below without one.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no field of nn.Module)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether weights of a transformers model, also inside a PEFT model, are quantised."""
+    return any(getattr(m, "is_quantized", False) for m in model.modules())
 
 
 def is_peft_model(model: nn.Module) -> bool:

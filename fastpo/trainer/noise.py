@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from fastpo.head.causal_lm import find_causal_lm, linear_layers
+from fastpo.head.lora import is_plain_lora
 from fastpo.noise import NoiseGenerator
 from fastpo.ops.philox import SEEDS
 
@@ -59,10 +60,10 @@ def make_generator(model: nn.Module, config: PreferenceConfig) -> NoiseGenerator
     """A float32 generator for the head of a reference, alike on all ranks: a function of the run's seed.
 
     Raises:
-        ValueError: the head is not a plain linear layer.
+        ValueError: the head, without LoRA on it, is not a plain linear layer.
     """
     core, head = find_causal_lm(model)
-    layers = linear_layers(head)
+    layers = linear_layers(head.base_layer if is_plain_lora(head) else head)  # type: ignore[arg-type]
     if layers is None:
         raise ValueError(
             f"method: got 'dnpo', expected 'preference': the head of {type(core).__name__} is a "

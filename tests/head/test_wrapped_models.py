@@ -54,8 +54,9 @@ def one_process_group(tmp_path) -> Iterator[None]:
     [
         ("llama", {"target_modules": ["q_proj", "v_proj"]}, "fused"),
         ("phi", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "fused"),
-        ("cohere", {"target_modules": ["q_proj", "lm_head"]}, "chunked"),
-        ("llama", {"target_modules": ["q_proj", "lm_head"]}, "chunked"),
+        ("cohere", {"target_modules": ["q_proj", "lm_head"]}, "fused"),
+        ("cohere", {"target_modules": ["q_proj", "lm_head"], "use_dora": True}, "chunked"),
+        ("llama", {"target_modules": ["q_proj", "lm_head"], "use_dora": True}, "chunked"),
     ],
 )
 def test_peft(name, settings, method, build_model, batch, plain_logprobs, gradients, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fastpo.kernels import backends, chunking, linear_logprobs_torch
 from fastpo.kernels.linear_logprobs_torch import linear_logprobs_reference
 from fastpo.kernels.logit_transform import LogitTransform
 from fastpo.kernels.precision import full_precision
+from fastpo.ops.linear_logprobs import score
 
 # (N, H, V): more rows than columns and the reverse, odd, prime, and one of each extreme
 SHAPES = [(37, 16, 101), (211, 33, 97), (64, 61, 2053), (1, 1, 1), (5, 128, 2), (300, 7, 131)]
@@ -304,9 +306,10 @@ def test_frozen_inputs_skip_their_product(
     real = linear_logprobs_torch.backward
 
     def spy(*args):  # type: ignore[no-untyped-def]
-        needs.append(args[-3:])
+        *_, need_hidden, need_weight, need_bias, _ = args
+        needs.append((need_hidden, need_weight, need_bias))
         result = real(*args)
-        assert [g is not None for g in result] == list(args[-3:])
+        assert [g is not None for g in result] == list(needs[-1])
         return result
 
     monkeypatch.setattr(linear_logprobs_torch, "backward", spy)
@@ -360,6 +363,46 @@ def test_opcheck(want_stats: bool, tol: float, seed: int) -> None:
             torch.ops.fastpo.linear_logprobs,
             (h, w, labels, b, 1.1, 4.0, 0.9, -100, "auto", want_stats, tol, False),
         )
+
+
+@pytest.mark.parametrize("tol", [0.0, 2**-6])
+def test_opcheck_of_last_columns(tol: float, seed: int) -> None:
+    hidden, weight, labels, bias = draw((12, 5, 30), torch.float32)
+    h, b, last = leaves(hidden, bias, weight[:, 3:])
+    torch.library.opcheck(
+        torch.ops.fastpo.linear_logprobs,
+        (h, weight, labels, b, 1.1, 4.0, 0.9, -100, "auto", False, tol, False, last),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(20, 6, 50), (300, 6, 50)], ids=["N < V", "N > V"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backward": "exact"},
+        {"backward": "certified", "tol": 1e-3},
+        {"backward": "certified", "tol": 1e-3, "low_memory": True},
+    ],
+    ids=str,
+)
+def test_gradient_goes_to_the_last_columns(
+    options: dict[str, Any], shape: tuple[int, int, int], dtype: torch.dtype, seed: int
+) -> None:
+    hidden, weight, labels, bias = draw(shape, dtype)
+    h, w, b, last = leaves(hidden, weight, bias, weight[:, 4:])
+    logps = score(h, w, labels, b, None, **options)
+    coefficients = torch.randn_like(logps)
+    expected = torch.autograd.grad(logps, (h, w, b), coefficients)
+    got = score(h, w, labels, b, last, **options)
+    assert torch.equal(got, logps)
+    got = torch.autograd.grad(got, (h, last, b, w), coefficients, allow_unused=True)
+    assert got[3] is None
+    whole = expected[1][:, 4:]
+    assert got[1].shape == whole.shape
+    assert (got[1] - whole).norm() <= 16 * torch.finfo(dtype).eps * whole.norm()
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[2], expected[2])
 
 
 @pytest.mark.parametrize("backward", ["exact", "certified"])

@@ -366,9 +366,12 @@ def test_chosen_log_probs_may_be_precomputed_rejected_ones_are_not(
         trainer(train_dataset=once.train_dataset, **SGD)
 
 
-def test_base_under_an_adapter_is_the_reference(trainer: Runner, model: Any) -> None:
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]], ids=" ".join)
+def test_base_under_an_adapter_is_the_reference(
+    targets: list[str], trainer: Runner, model: Any
+) -> None:
     base = copy.deepcopy(model)
-    adapted = add_adapter(model, {"r": 4, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj"]})
+    adapted = add_adapter(model, {"r": 4, "lora_alpha": 64, "target_modules": targets})
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -382,8 +385,8 @@ def test_base_under_an_adapter_is_the_reference(trainer: Runner, model: Any) -> 
         assert logged(run, name) == pytest.approx(logged(other, name), rel=1e-4, abs=3e-5), name
 
 
-def test_adapter_on_the_head_is_refused(trainer: Runner, model: Any) -> None:
-    adapted = add_adapter(model, {"r": 2, "target_modules": ["lm_head"]})
+def test_dora_on_the_head_is_refused(trainer: Runner, model: Any) -> None:
+    adapted = add_adapter(model, {"r": 2, "target_modules": ["lm_head"], "use_dora": True})
     with pytest.raises(ValueError, match=r"method: got 'dnpo', .* not a plain linear layer"):
         trainer(adapted, **DNPO)
 
