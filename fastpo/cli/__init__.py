@@ -105,6 +105,12 @@ _CONFIGURED = {
         "The file of `fastpo train` serves, and --output; then set ref_logps in it.\n"
         + _LAUNCH.format("ref-logps"),
     ),
+    "estimate": (
+        "fastpo.estimate:EstimateConfig",
+        "fastpo.estimate:print_estimate",
+        "say how much memory a training run needs per device, without its weights",
+        "The file of `fastpo train` serves; of the model it reads config.json alone.\n",
+    ),
     "iterate": (
         "fastpo.selfplay.loop_config:LoopConfig",
         "fastpo.selfplay.loop:iterate",
