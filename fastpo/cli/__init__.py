@@ -98,6 +98,19 @@ _CONFIGURED = {
         "fine-tune a checkpoint on examples of good answers",
         _LAUNCH.format("sft"),
     ),
+    "ref-logps": (
+        "fastpo.trainer:RefLogpsConfig",
+        "fastpo.trainer:write_reference_logps",
+        "write the reference's log-probs of a training run's pairs to a Parquet file",
+        "The file of `fastpo train` serves, and --output; then set ref_logps in it.\n"
+        + _LAUNCH.format("ref-logps"),
+    ),
+    "estimate": (
+        "fastpo.estimate:EstimateConfig",
+        "fastpo.estimate:print_estimate",
+        "say how much memory a training run needs per device, without its weights",
+        "The file of `fastpo train` serves; of the model it reads config.json alone.\n",
+    ),
     "iterate": (
         "fastpo.selfplay.loop_config:LoopConfig",
         "fastpo.selfplay.loop:iterate",

@@ -3,16 +3,19 @@
 from .config import PreferenceConfig, build_loss
 from .launch import train
 from .plots import plot_run
+from .reference_job import RefLogpsConfig, write_reference_logps
 from .sft import SFTConfig, SFTTrainer, fine_tune
 from .trainer import PreferenceTrainer
 
 __all__ = [
     "PreferenceConfig",
     "PreferenceTrainer",
+    "RefLogpsConfig",
     "SFTConfig",
     "SFTTrainer",
     "build_loss",
     "fine_tune",
     "plot_run",
     "train",
+    "write_reference_logps",
 ]

@@ -143,6 +143,13 @@ class PreferenceConfig(RunConfig):
             "help": "compute the reference's log-probs once, before training, and cache them on disk"
         },
     )
+    ref_logps: str | None = field(
+        default=None,
+        metadata={
+            "help": "Parquet file of the reference's log-probs that `fastpo ref-logps` wrote: no reference is "
+            "run"
+        },
+    )
     padding_free: bool = field(
         default=False,
         metadata={"help": "sequences stand one after another in a row instead of each in its own"},
@@ -203,12 +210,21 @@ class PreferenceConfig(RunConfig):
                 UserWarning,
                 stacklevel=4,
             )
+        if self.ref_logps and self.precompute_ref_log_probs:
+            raise ValueError(
+                "precompute_ref_log_probs: got True, expected False beside ref_logps, which holds them"
+            )
+        if self.ref_logps and self.method == "dnpo":
+            raise ValueError(
+                f"ref_logps: got {self.ref_logps!r}, expected None with method 'dnpo', which scores the "
+                "rejected answers anew at every step"
+            )
         if not self.needs_reference and (
-            self.precompute_ref_log_probs or self.ref_model_name_or_path
+            self.precompute_ref_log_probs or self.ref_model_name_or_path or self.ref_logps
         ):
             warnings.warn(
-                f"loss {self.loss_type!r} uses no reference: ref_model_name_or_path and "
-                "precompute_ref_log_probs have no effect",
+                f"loss {self.loss_type!r} uses no reference: ref_model_name_or_path, "
+                "precompute_ref_log_probs and ref_logps have no effect",
                 UserWarning,
                 stacklevel=4,
             )

@@ -16,6 +16,7 @@ from fastpo.data import load_preferences
 from .checkpoint import find_resume_point
 from .config import PreferenceConfig
 from .model import add_adapter, checked_name, is_quantized, load_model, load_tokenizer
+from .reference_file import read_reference_file
 from .run_config import save_config
 from .trainer import PreferenceTrainer
 
@@ -54,6 +55,8 @@ def train(config: PreferenceConfig) -> PreferenceTrainer:
     for field in ("model_name_or_path", "ref_model_name_or_path"):
         if field == "model_name_or_path" or (getattr(config, field) and needs_reference):
             checked_name(config, field)
+    if config.ref_logps and needs_reference:
+        read_reference_file(config.ref_logps)
     train_dataset = load_preferences(config.dataset or "", split=config.dataset_split)
     eval_dataset: datasets.Dataset | None = None
     if config.eval_dataset:
@@ -62,16 +65,15 @@ def train(config: PreferenceConfig) -> PreferenceTrainer:
     set_seed(config.seed)
     tokenizer = load_tokenizer(config)
     model = model_to_train(config)
-    ref_model = None
-    if config.ref_model_name_or_path and needs_reference:
-        ref_model = load_model(config, "ref_model_name_or_path")
+    has_reference = config.ref_model_name_or_path and needs_reference
     trainer = PreferenceTrainer(
         model,
         config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        ref_model=ref_model,
+        # Named nowhere here: a trainer that has its log-probs lets go of it.
+        ref_model=load_model(config, "ref_model_name_or_path") if has_reference else None,
     )
     run_to_its_end(trainer)
     return trainer
@@ -81,13 +83,18 @@ def check_sources(config: RunConfig) -> None:
     """Raise where there is no data set, Liger's kernels are not to be had, or ``output_dir`` holds a run."""
     if not config.dataset:
         raise ValueError(f"dataset: got {config.dataset!r}, expected a file, directory or Hub name")
+    check_liger(config)
+    find_resume_point(Path(config.output_dir), config.resume_from_checkpoint)
+
+
+def check_liger(config: RunConfig) -> None:
+    """Raise where Liger's kernels are asked for and cannot be had."""
     if config.use_liger_kernel and not is_liger_kernel_available():
         raise ImportError("use_liger_kernel: needs the package liger-kernel")
     if config.use_liger_kernel and config.device.type == "cpu":
         raise ValueError(
             "use_liger_kernel: got True, expected False on a CPU: its kernels need a GPU"
         )
-    find_resume_point(Path(config.output_dir), config.resume_from_checkpoint)
 
 
 def model_to_train(config: RunConfig) -> PreTrainedModel:

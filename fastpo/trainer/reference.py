@@ -1,4 +1,4 @@
-"""Where the reference's sequence log-probs come from: a frozen model, or a file that was computed once.
+"""Where the reference's sequence log-probs come from: a frozen model, or a cache that was computed once.
 
 Cached files lie in ``$FASTPO_CACHE``, else ``$XDG_CACHE_HOME/fastpo``, else ``~/.cache/fastpo``. Their name is
 a hash of all that the numbers depend on: the rows' token ids, the reference's weights and configuration, and
@@ -70,7 +70,7 @@ def cache_directory() -> Path:
 
 
 def model_hash(model: PreTrainedModel) -> str:
-    """SHA-256 of a model's configuration and weights; of a PEFT model, those of its base.
+    """SHA-256 of a model's configuration and weights; of a PEFT model, that of its base by itself.
 
     Raises:
         ValueError: the weights are sharded over processes.
@@ -84,10 +84,11 @@ def model_hash(model: PreTrainedModel) -> str:
     trainable = (
         {name for name, p in model.named_parameters() if p.requires_grad} if adapters else ()
     )
-    for name, tensor in sorted(model.state_dict().items()):
-        if name in trainable:
-            continue
-        if hasattr(tensor, "ds_id") or hasattr(tensor, "full_tensor"):
+    kept = {n: tensor for n, tensor in model.state_dict().items() if n not in trainable}
+    if adapters:
+        kept = {_name_in_base(n): tensor for n, tensor in kept.items()}
+    for name, tensor in sorted(kept.items()):
+        if _is_sharded(tensor):
             raise ValueError(
                 "precompute_ref_log_probs: the reference's weights are sharded over processes, "
                 "expected whole ones"
@@ -95,6 +96,22 @@ def model_hash(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a process holds only parts of a model's weights (ZeRO-3, FSDP2)."""
+    return any(_is_sharded(parameter) for parameter in model.parameters())
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_id") or hasattr(tensor, "full_tensor")
+
+
+def _name_in_base(name: str) -> str:
+    """The name that a weight under PEFT's wrappers has in the model by itself."""
+    for wrapper in ("base_layer", "original_module"):
+        name = name.replace(f".{wrapper}.", ".")
+    return name.removeprefix("base_model.model.")
 
 
 def rows_hash(dataset: datasets.Dataset) -> str:
@@ -143,7 +160,7 @@ def with_reference_logps(
     found = [_read(path, len(dataset)) if accelerator.is_main_process else None]
     values = broadcast_object_list(found)[0] if accelerator.num_processes > 1 else found[0]
     if values is None:
-        values = _compute(dataset, logps, collator, batch_size, accelerator, progress)
+        values = compute_logps(dataset, logps, collator, batch_size, accelerator, progress)
         if accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             digest = hashlib.sha256(values.tobytes()).hexdigest()
@@ -174,7 +191,7 @@ def _read(path: Path, rows: int) -> np.ndarray | None:
     return values
 
 
-def _compute(
+def compute_logps(
     dataset: datasets.Dataset,
     logps: Callable[[Mapping[str, Tensor]], Tensor],
     collator: Callable[..., Any],
@@ -182,6 +199,10 @@ def _compute(
     accelerator: Accelerator,
     progress: bool,
 ) -> np.ndarray:
+    """(2, rows) float64, nats: chosen, rejected; every process gets all, having computed its share.
+
+    Arguments and errors are those of :func:`with_reference_logps`.
+    """
     loader = accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))
     parts = []
     for batch in tqdm(loader, desc="Reference log-probs", disable=not progress):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers.integrations.liger import apply_liger_kernel
 
@@ -29,6 +31,7 @@ from .model import disable_dropout, is_peft_model, router_coefficient
 from .noise import NoisePlayer, make_generator, noise_seed, token_index
 from .noisy_head import NoisyHead
 from .plots import PlotCallback
+from .reference_file import Origin, read_reference_file, with_file_logps
 from .resumable import ResumableTrainer, listed_rows
 
 if TYPE_CHECKING:
@@ -61,8 +64,8 @@ class PreferenceTrainer(ResumableTrainer):
             ``ref_rejected_logps`` (nats, summed) no reference model is needed.
         eval_dataset: the same, or a mapping of names to such data sets.
         processing_class: the tokenizer.
-        ref_model: the reference. None: under PEFT the base model without its adapter, else a frozen copy of
-            ``model`` as it is now.
+        ref_model: the reference; under ``ref_logps`` only to check that the file is of it. None: under PEFT
+            the base model without its adapter, else a frozen copy of ``model`` as it is now.
         callbacks, optimizers: as for ``transformers.Trainer``.
 
     Attributes:
@@ -166,6 +169,8 @@ class PreferenceTrainer(ResumableTrainer):
             self.add_callback(self._noise)
         self._micro_steps: list[_MicroStep] = []
         self._mean_pairs: float | None = None  # pairs per micro-step of the current optimiser step
+        if args.ref_logps and self.loss_module.spec.needs_reference:
+            self._read_reference(args.ref_logps, model if ref_model is None else ref_model)
         self.ref_model = self._prepare_models(ref_model)
         if self._lacks_reference() and args.precompute_ref_log_probs:
             self._precompute_reference()
@@ -343,11 +348,57 @@ class PreferenceTrainer(ResumableTrainer):
         }
         if self._noise is None:
             self.ref_model = None
-        self.train_dataset = completed.pop("train", None)
+        self._take_datasets(completed)
+
+    def _take_datasets(self, named: dict[str, datasets.Dataset]) -> None:
+        """Put these in the place of what :meth:`_datasets` gave."""
+        self.train_dataset = named.pop("train", None)
         if isinstance(self.eval_dataset, Mapping):
-            self.eval_dataset = completed
+            self.eval_dataset = named
         else:
-            self.eval_dataset = completed.get("eval")
+            self.eval_dataset = named.get("eval")
+
+    def _read_reference(self, path: str, model: PreTrainedModel) -> None:
+        """Add the log-probs of a file to all data sets; ``model`` is the reference that they must be of."""
+        file = read_reference_file(path)
+        made = file.origin
+        precision = self.accelerator.mixed_precision
+        # The main process decides for all: under FSDP it may be the only one that has the weights yet.
+        found: list[str | None] = [None]
+        if self.is_world_process_zero() and not reference.is_sharded(model):
+            found = [reference.model_hash(model)]
+        if self.accelerator.num_processes > 1:
+            found = broadcast_object_list(found)
+        if found[0] is None:
+            warnings.warn(
+                f"ref_logps: the reference's weights are sharded over processes, so that {path} could not be "
+                "checked to be of this model",
+                stacklevel=3,
+            )
+        elif found[0] != made.model_hash:
+            raise ValueError(
+                f"ref_logps: {path} was computed with another model than this run's reference "
+                f"(hash {made.model_hash[:12]}…, here {found[0][:12]}…): other weights, another configuration "
+                "or dtype; make the file anew with `fastpo ref-logps`"
+            )
+        if made.precision != precision:
+            warnings.warn(
+                f"ref_logps: {path} was computed with mixed precision {made.precision!r}, this run has "
+                f"{precision!r}: policy and reference round differently",
+                stacklevel=3,
+            )
+        here = Origin.of(
+            self.args,
+            self.processing_class,
+            model_hash=made.model_hash,
+            precision=precision,
+        )
+        self._take_datasets(
+            {
+                name: with_file_logps(rows, name, file, here)
+                for name, rows in self._datasets().items()
+            }
+        )
 
     # ---- Loss ----
 

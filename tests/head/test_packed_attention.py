@@ -159,7 +159,7 @@ def test_a_planted_fault_is_seen(family: str, fault: str, rows: list[dict[str, A
         elif fault == "no window":
             if window is None:
                 pytest.skip("a model without a window")
-            attention._config = hf.LlamaConfig()
+            attention._config = hf.MistralConfig(sliding_window=1000)
         if fault == "no mask":
             where = {n: batch[n] for n in ("input_ids", "position_ids")}
             options = {"labels": batch["completion_labels"], "hidden_index": batch["hidden_index"]}
