@@ -13,12 +13,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.integrations.liger import apply_liger_kernel
 
-from fastpo.data import PreferenceCollator, load_preferences, tokenize_preferences
+from fastpo.data import load_preferences, tokenize_preferences
 from fastpo.head import FusedHead
 from fastpo.head.causal_lm import find_causal_lm
 
 from .config import PreferenceConfig
 from .launch import check_liger
+from .layout import Layout
 from .model import checked_name, load_model, load_tokenizer
 from .reference import compute_logps, model_hash, reference_logps
 from .reference_file import Origin, answer_tokens, row_hashes, write_reference_file
@@ -33,8 +34,8 @@ class RefLogpsConfig(PreferenceConfig):
     """Settings of ``fastpo ref-logps``: those of the training run, and where the file goes.
 
     Of the run's settings it takes the models, the tokenizer and its template, the data sets, the lengths, the
-    precision and ``per_device_eval_batch_size``, pairs per device at once; the others are checked and have no
-    effect.
+    precision, the layout and ``per_device_eval_batch_size``, pairs per device at once; the others are checked
+    and have no effect.
     """
 
     output: str | None = field(
@@ -85,20 +86,20 @@ def write_reference_logps(config: RefLogpsConfig) -> Path:
         precision=accelerator.mixed_precision,
     )
     model.to(device).eval().requires_grad_(False)
+    layout = Layout(config, tokenizer.pad_token_id, model)
     FusedHead(model).install()
     if config.use_liger_kernel:
         apply_liger_kernel(model, config.liger_kernel_config)
 
     def logps(batch: Mapping[str, Tensor]) -> Tensor:
         with accelerator.autocast():
-            return reference_logps(model, batch)
+            return reference_logps(model, layout.inputs(model, batch))
 
-    collator = PreferenceCollator(tokenizer.pad_token_id)
     parts = [
         compute_logps(
             rows,
             logps,
-            collator,
+            layout.collator,
             config.per_device_eval_batch_size,
             accelerator,
             not config.disable_tqdm and accelerator.is_main_process,
