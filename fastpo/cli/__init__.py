@@ -212,7 +212,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="stop before training: write a checkpoint, seeds, a corpus and templates into DIR, for "
-        "`fastpo iterate` with recipes/cpu-*-loop.yaml",
+        "`fastpo iterate` with recipes/loops/cpu-*.yaml; with --scale below 1 the model learns too little "
+        "for them",
     )
     demo.set_defaults(run=_demo)
 
