@@ -176,7 +176,7 @@ def launch_forward(
     read = [like, weight]
     if products == 1:
         read += [hidden.new_empty(1, rank), noise.weight]
-    config, bulk = tile_config("noisy", target, *read), bulk_copies(target, *read)
+    config, bulk = tile_config("noisy certified", target, *read), bulk_copies(target, *read)
     of_parts = budget // PARTS_SHARE if products > 1 else 0
     columns, room = plan_columns(vocab, config.cols, like, noise, of_parts)
     plan = plan_rows(

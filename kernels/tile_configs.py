@@ -48,9 +48,10 @@ _INTERPRETER_TILE = TileConfig(16, 32, 16, 1, 1)
 
 # "logits": rows × cols of the logits, in the exact forward and backward; "matmul": products of a backward;
 # "certified": logits of the certified forward; "pieces": those of its backward; "… softcap": the same with a
-# softcap, whose tanh needs registers; "noisy", "noisy pieces": logits and pieces with noise, which have two
-# accumulators; "unaligned": any of these for operands that cannot be loaded 16 bytes at a time, which takes
-# registers for addresses.
+# softcap, whose tanh needs registers; "noisy", "noisy certified", "noisy pieces": logits and pieces with noise,
+# which have two accumulators; "unaligned": any of these for operands that cannot be loaded 16 bytes at a time,
+# which takes registers for addresses, and "noisy unaligned" any of those with noise, but where "… unaligned" has
+# an entry of its own. Each is the largest tile that was found to compile without spills (`make audit`).
 _TABLE: dict[tuple[str, str, str], TileConfig] = {
     ("logits", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
     ("logits", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
@@ -94,13 +95,19 @@ _TABLE: dict[tuple[str, str, str], TileConfig] = {
     ("noisy", "sm_90", "float32"): TileConfig(64, 64, 32, 4, 3),
     ("noisy", "sm_100", "half"): TileConfig(128, 64, 64, 8, 3),
     ("noisy", "sm_100", "float32"): TileConfig(128, 64, 32, 8, 3),
+    ("noisy certified", "sm_80", "half"): TileConfig(128, 64, 32, 8, 3),
+    ("noisy certified", "sm_80", "float32"): TileConfig(64, 32, 32, 4, 3),
+    ("noisy certified", "sm_90", "half"): TileConfig(128, 128, 64, 8, 3),
+    ("noisy certified", "sm_90", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("noisy certified", "sm_100", "half"): TileConfig(64, 64, 64, 8, 3),
+    ("noisy certified", "sm_100", "float32"): TileConfig(64, 64, 32, 8, 3),
     ("noisy pieces", "sm_80", "half"): TileConfig(128, 64, 32, 4, 3),
     ("noisy pieces", "sm_80", "float32"): TileConfig(64, 32, 32, 4, 3),
     ("noisy pieces", "sm_90", "half"): TileConfig(128, 128, 64, 8, 3),
     ("noisy pieces", "sm_90", "float32"): TileConfig(64, 64, 32, 4, 3),
     ("noisy pieces", "sm_100", "half"): TileConfig(128, 64, 64, 8, 3),
     ("noisy pieces", "sm_100", "float32"): TileConfig(128, 64, 32, 8, 3),
-    ("noisy unaligned", "sm_80", "half"): TileConfig(64, 64, 32, 8, 3),
+    ("noisy unaligned", "sm_80", "half"): TileConfig(64, 32, 32, 4, 3),
     ("noisy unaligned", "sm_80", "float32"): TileConfig(64, 32, 16, 8, 3),
     ("noisy unaligned", "sm_90", "half"): TileConfig(64, 64, 32, 8, 3),
     ("noisy unaligned", "sm_90", "float32"): TileConfig(64, 32, 16, 8, 3),
@@ -112,6 +119,17 @@ _TABLE: dict[tuple[str, str, str], TileConfig] = {
     ("unaligned", "sm_90", "float32"): TileConfig(64, 64, 32, 8, 3),
     ("unaligned", "sm_100", "half"): TileConfig(64, 64, 32, 8, 3),
     ("unaligned", "sm_100", "float32"): TileConfig(64, 64, 32, 8, 3),
+    ("logits unaligned", "sm_90", "float32"): TileConfig(64, 64, 16, 8, 3),
+    ("logits softcap unaligned", "sm_90", "float32"): TileConfig(64, 64, 16, 8, 3),
+    ("matmul unaligned", "sm_80", "float32"): TileConfig(64, 32, 16, 8, 3),
+    ("certified unaligned", "sm_100", "half"): TileConfig(64, 64, 64, 8, 3),
+    ("pieces unaligned", "sm_100", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("pieces softcap unaligned", "sm_100", "float32"): TileConfig(64, 64, 32, 4, 3),
+    ("noisy certified unaligned", "sm_80", "half"): TileConfig(64, 64, 32, 4, 3),
+    ("noisy certified unaligned", "sm_100", "half"): TileConfig(64, 32, 32, 8, 3),
+    ("noisy certified unaligned", "sm_100", "float32"): TileConfig(64, 32, 16, 8, 3),
+    ("noisy pieces unaligned", "sm_80", "half"): TileConfig(64, 64, 32, 4, 3),
+    ("noisy pieces unaligned", "sm_100", "half"): TileConfig(64, 32, 32, 8, 3),
 }
 
 _pretended: ContextVar[Target | None] = ContextVar("pretended", default=None)
@@ -157,9 +175,12 @@ def tile_config(use: str, target: Target, *operands: torch.Tensor) -> TileConfig
     """The tile for ``use``, a name of the table, of matrices that come from the caller."""
     if target.chip == "interpreter":
         return _INTERPRETER_TILE
+    family = "float32" if operands[0].dtype == torch.float32 else "half"
     if not all(map(_aligned, operands)):
-        use = "noisy unaligned" if use.startswith("noisy") else "unaligned"
-    return _TABLE[use, target.chip, "float32" if operands[0].dtype == torch.float32 else "half"]
+        general = "noisy unaligned" if use.startswith("noisy") else "unaligned"
+        own = f"{use} unaligned"
+        use = own if (own, target.chip, family) in _TABLE else general
+    return _TABLE[use, target.chip, family]
 
 
 def bulk_copies(target: Target, *operands: torch.Tensor) -> bool:
