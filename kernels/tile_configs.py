@@ -155,11 +155,16 @@ def target(device: torch.device) -> Target:
 
 def tile_config(use: str, target: Target, *operands: torch.Tensor) -> TileConfig:
     """The tile for ``use``, a name of the table, of matrices that come from the caller."""
-    if target.chip == "interpreter":
-        return _INTERPRETER_TILE
     if not all(map(_aligned, operands)):
         use = "noisy unaligned" if use.startswith("noisy") else "unaligned"
-    return _TABLE[use, target.chip, "float32" if operands[0].dtype == torch.float32 else "half"]
+    return aligned_tile_config(use, target, operands[0].dtype)
+
+
+def aligned_tile_config(use: str, target: Target, dtype: torch.dtype) -> TileConfig:
+    """The same for matrices whose rows can be loaded 16 bytes at a time."""
+    if target.chip == "interpreter":
+        return _INTERPRETER_TILE
+    return _TABLE[use, target.chip, "float32" if dtype == torch.float32 else "half"]
 
 
 def bulk_copies(target: Target, *operands: torch.Tensor) -> bool:
