@@ -174,10 +174,10 @@ class Shard(NamedTuple):
         return dropped, columns
 
     def _sums(self, parts: list[Tensor]) -> tuple[Tensor, ...]:
-        """Of each over the shards, in one exchange."""
+        """Of each over the shards, in one exchange; no two share memory, as an operator's outputs may not."""
         stacked = torch.stack(parts)
         dist.all_reduce(stacked, group=self.group)
-        return stacked.unbind()
+        return tuple(part.clone() for part in stacked)
 
 
 def _weighted(log_share: Tensor, mean: Tensor) -> Tensor:
