@@ -26,6 +26,7 @@ from .checks import check_everything
 from .differentiable_once import refuse_double_backward
 from .vocab_parallel import (
     agree,
+    check_same,
     group_called,
     local_labels,
     local_shard,
@@ -170,8 +171,8 @@ def linear_logprobs(
         TypeError: an argument of the wrong dtype, or dtypes that differ.
         ValueError: shapes or devices that do not fit, a label outside [0, V), a softcap or temperature ≤ 0, a
             tolerance outside [0, 1). With ``vocab_group``, on all its ranks: shapes of ``hidden``, labels or
-            options that differ between them, or a rank without rows. Hidden states that differ are looked for
-            under ``FASTPO_CHECK=1`` alone.
+            options that differ between them, or a rank without rows. Hidden states that differ, and gradients
+            of the log-probs, are looked for under ``FASTPO_CHECK=1`` alone.
 
     Under autocast, ``hidden``, ``weight`` and ``bias`` are cast to the autocast dtype first, as a linear layer
     would do; float64 stays.
@@ -418,6 +419,9 @@ def _linear_logprobs_backward(
     module = linear_logprobs_module(hidden, weight, backend, certified)
     needed = (need_hidden, need_weight, need_bias)
     rows = order[:kept]
+    if ranks is not None and check_everything():
+        in_order = rows.sort().values  # else by blocks, which every rank has of its own
+        check_same("gradient of the log-probs", grad[in_order], in_order, ranks)
     if certified or kept < labels.numel():
         grad, lse, labels = grad[rows], lse[rows], labels[rows]
     if certified:

@@ -256,11 +256,11 @@ def agree(
     vocab, count, lowest, highest = sum(sizes), same[3][0], same[4][0], same[5][0]
     if lowest < 0 or highest >= vocab:
         refuse_out_of_range(labels, ignore_index, vocab)
+    rows = kept_first(kept)
     if checking:
-        _check_same(hidden, kept, group)
+        check_same("hidden", hidden[rows[:count]], rows[:count], group)
     rank = dist.get_rank(group)
-    shard = Shard(group, sum(sizes[:rank]), sizes[rank], vocab, max(sizes))
-    return shard, kept_first(kept), count
+    return Shard(group, sum(sizes[:rank]), sizes[rank], vocab, max(sizes)), rows, count
 
 
 def _digest(labels: Tensor) -> Tensor:
@@ -271,18 +271,21 @@ def _digest(labels: Tensor) -> Tensor:
     return ((mixed ^ (mixed >> 29)) * 0x369DEA0F31A53F85).sum()
 
 
-def _check_same(hidden: Tensor, kept: Tensor, group: ProcessGroup) -> None:
-    """Raise, on all ranks, unless the kept rows (N,) of ``hidden`` are the first rank's on all of them."""
-    own = hidden.detach().contiguous()
+def check_same(name: str, values: Tensor, rows: Tensor, group: ProcessGroup) -> None:
+    """Raise, on all ranks, unless ``values`` (n, ...), which belong to ``rows`` (n,), are those of the first.
+
+    Raises:
+        ValueError: they differ; it names what differs, how many rows do, and the first.
+    """
+    own = values.detach().reshape(len(rows), -1).contiguous()
     first = own.clone()
     dist.broadcast(first, group=group, group_src=0)
-    differ = (own != first) & ~(own.isnan() & first.isnan())
-    rows = (differ.any(dim=1) & kept).to(torch.int32)
-    dist.all_reduce(rows, dist.ReduceOp.MAX, group=group)
-    if bool(rows.any()):
+    differ = ((own != first) & ~(own.isnan() & first.isnan())).any(dim=1).to(torch.int32)
+    dist.all_reduce(differ, dist.ReduceOp.MAX, group=group)
+    if bool(differ.any()):
         raise ValueError(
-            f"hidden: {int(rows.sum())} labelled rows differ between the ranks of vocab_group, expected the "
-            f"same on all; the first is flat row {int(rows.argmax())}"
+            f"{name}: {int(differ.sum())} labelled rows differ between the ranks of vocab_group, expected the "
+            f"same on all; the first is flat row {int(rows[differ.argmax()])}"
         )
 
 

@@ -152,35 +152,33 @@ def run_ranks(world: int, job: dict[str, Any], folder: Path, **more: str) -> lis
     torch.save(job, folder / "job.pt")
     root = Path(fastpo.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **more}
-    worker = [sys.executable, vocab_ranks_worker.__file__]
-    ranks = [
-        subprocess.Popen([*worker, str(rank), str(world), str(folder)], env=environment)
-        for rank in range(world)
-    ]
-    try:
-        assert [rank.wait(timeout=240) for rank in ranks] == [0] * world
-    finally:
-        for rank in ranks:
-            rank.kill()
+    command = [sys.executable, vocab_ranks_worker.__file__, str(world), str(folder)]
+    subprocess.run(command, env=environment, check=True, timeout=240)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def seeded(number: int) -> None:
+    """Fixtures of a whole module are drawn from the session's seed alone."""
+    torch.manual_seed(int(os.environ["FASTPO_SEED"]) + number)
 
 
 class Run:
     """The cases of so many processes, and what each rank found."""
 
     def __init__(self, world: int, folder: Path) -> None:
-        torch.manual_seed(int(os.environ["FASTPO_SEED"]) + world)
-        self.world = world
+        seeded(world)
         self.cases = exact_cases(world) | certified_cases(world)
         if world == 4:
             self.cases["half of the ranks"] = problem(2, group="halves")
         else:
             self.cases["compiled"] = problem(2, compiled=True)
+            self.cases["DTensor, compiled"] = {**self.cases["DTensor"], "compiled": True}
             self.cases["certified"] = problem(2, backward="certified")
             self.cases["certified, compiled"] = {**self.cases["certified"], "compiled": True}
         self.cases |= {fault: self.cases[case] | {"fault": fault} for fault, case in FAULTS.items()}
-        job: dict[str, Any] = {"cases": self.cases, "refusals": True}
+        job: dict[str, Any] = {"cases": self.cases, "refusals": True, "budget": 96 * 1024}
         if world == 2:
+            job["opcheck"] = [0.0, TOL]
             job["memory"] = {"rows": 1024, "vocab": 20_000, "width": 8, "budget": 10 * MIB}
         self.ranks = run_ranks(world, job, folder)
 
@@ -283,13 +281,22 @@ def test_ties_across_shards_count_for_the_lowest_id(run: Run) -> None:
 
 @pytest.mark.parametrize("run", [2], indirect=True)
 def test_compiles_whole(run: Run) -> None:
-    case, shares = run.found("compiled")
-    check_gradients(case, shares, check_results(case, shares))
+    for name in ("compiled", "DTensor, compiled"):
+        case, shares = run.found(name)
+        check_gradients(case, shares, check_results(case, shares))
     for plain, compiled in zip(
         run.found("certified")[1], run.found("certified, compiled")[1], strict=True
     ):
         assert all(torch.equal(plain[name], compiled[name]) for name in ("logps", *NAMES))
         assert 0.0 < float(plain["stats"]["dropped_mass_max"]) <= TOL
+
+
+@pytest.mark.parametrize("run", [2], indirect=True)
+def test_opcheck(run: Run) -> None:
+    """Schema, fake and autograd of the registered operator, as with a whole head."""
+    for rank in run.ranks:
+        for tol in (0.0, TOL):
+            assert set(rank["opcheck"][tol].values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("run", [4], indirect=True)
@@ -363,7 +370,10 @@ def test_columns_are_left_out(run: Run) -> None:
 @pytest.mark.parametrize("name", [n for n in certified_cases(2) if n not in PER_ROW])
 def test_certified_gradients_are_near_the_exact_ones(run: Run, name: str) -> None:
     """‖error of dH‖ ≤ tol·|c|·(largest row of W) per row, and likewise of dW; beside it bfloat16 is rounded."""
-    case, shares = run.found(name)
+    check_near(*run.found(name))
+
+
+def check_near(case: dict[str, Any], shares: list[dict[str, Any]]) -> None:
     truth = check_results(case, shares)
     c = case["grad"].abs() * (case["labels"] != -100)
     sizes = {
@@ -408,6 +418,9 @@ REFUSALS = {
     "options differ": "ValueError: vocab_group: dtypes or options differ between the ranks",
     "hidden differs": "ValueError: hidden: 1 labelled rows differ between the ranks of vocab_group, expected "
     "the same on all; the first is flat row 1",
+    "gradients differ, exact": "ValueError: gradient of the log-probs: 1 labelled rows differ between the "
+    "ranks of vocab_group, expected the same on all; the first is flat row 3",
+    "gradients differ, certified": "ValueError: gradient of the log-probs: 1 labelled rows differ between",
     "only one rank checks": "ValueError: vocab_group: dtypes or options differ between the ranks",
     "no group": "TypeError: vocab_group: got str, expected a torch.distributed process group",
     "triton": "ValueError: backend: got 'triton', but the tensors are on cpu",

@@ -1,4 +1,7 @@
-"""One rank of test_vocab_parallel.py: calls with a shard of the vocabulary, and what comes of them."""
+"""The ranks of test_vocab_parallel.py: calls with a shard of the vocabulary, and what comes of them.
+
+Started once, it makes its ranks by forking, so that they share what it has imported.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.multiprocessing import start_processes
 
 import fastpo
 from benchmarks.memory import peak_extra_bytes
@@ -29,8 +34,6 @@ def leaves(case: dict, rank: int, group: dist.ProcessGroup | None) -> dict[str, 
     """This rank's arguments, of which all but the case's frozen ones require a gradient."""
     tensors = {name: case[name] for name in NAMES}
     if case.get("dtensor"):
-        from torch.distributed.tensor import Shard, distribute_tensor
-
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
         for name in NAMES[1:]:
             if tensors[name] is not None:
@@ -152,8 +155,6 @@ def with_fault(name: str | None, run: Callable[[], Any]) -> Any:
 
 def refusals(rank: int, world: int, alone: dist.ProcessGroup) -> dict[str, str]:
     """What each bad call raises here: type and message."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
     group = dist.group.WORLD
     hidden, labels = torch.ones(4, 3), torch.tensor([0, 3, -100, 2 * world - 1])
     weight = torch.ones(2, 3)
@@ -188,6 +189,15 @@ def refusals(rank: int, world: int, alone: dist.ProcessGroup) -> dict[str, str]:
         arguments |= change
         os.environ["FASTPO_CHECK"] = "1" if arguments.pop("check", False) else "0"
         found[name] = outcome(lambda a=arguments: fastpo.linear_logprobs(**a))
+    os.environ["FASTPO_CHECK"] = "1"
+    for backward in ("exact", "certified"):
+        logps = fastpo.linear_logprobs(
+            hidden, weight.clone().requires_grad_(), labels, backward=backward, vocab_group=group
+        )
+        weighted = logps * torch.tensor(
+            [1.0, 1.0, 1.0 + last, 1.0 + last]
+        )  # the third has no label
+        found[f"gradients differ, {backward}"] = outcome(weighted.sum().backward)
     os.environ["FASTPO_CHECK"] = "0"
     noisy = {"noise_weight": whole, "seed": 1}
     for name, change in {
@@ -234,7 +244,8 @@ def main(rank: int, world: int, folder: Path) -> None:
     job = torch.load(folder / "job.pt", weights_only=False)
     # Blocks of eight rows; many tiles, chunks and windows even for small problems.
     nucleus.BLOCK_ROWS["cpu"] = 8
-    chunking.CPU_BUDGET_BYTES, chunking.CPU_TILE_BYTES, chunking.ALIGNMENT = 96 * 1024, 4096, 1
+    chunking.CPU_BUDGET_BYTES, chunking.CPU_TILE_BYTES = job["budget"], 4096
+    chunking.ALIGNMENT = 1
     alone = [dist.new_group([k]) for k in range(world)]
     halves = [dist.new_group(list(range(k, world, 2))) for k in range(2)]
     results: dict[str, Any] = {"cases": {}}
@@ -249,6 +260,16 @@ def main(rank: int, world: int, folder: Path) -> None:
     os.environ["FASTPO_CHECK"] = "0"
     if job.get("refusals"):
         results["refusals"] = refusals(rank, world, alone[rank])
+    if "opcheck" in job:
+        name, size = dist.group.WORLD.group_name, 9
+        inputs = [t.requires_grad_() for t in (torch.ones(5, 3), torch.ones(size, 3))]
+        arguments = (*inputs, torch.arange(5) * 3, None, 1.1, 4.0, 0.9, -100, "auto", True)
+        results["opcheck"] = {
+            tol: torch.library.opcheck(
+                torch.ops.fastpo.linear_logprobs, (*arguments, tol, False, name)
+            )
+            for tol in job["opcheck"]
+        }
     if "memory" in job:
         chunking.CPU_BUDGET_BYTES, chunking.CPU_TILE_BYTES = job["memory"]["budget"], 2**20
         results["memory"] = {b: memory(job["memory"], rank, b) for b in ("exact", "certified")}
@@ -257,4 +278,5 @@ def main(rank: int, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    world, folder = int(sys.argv[1]), Path(sys.argv[2])
+    start_processes(main, (world, folder), nprocs=world, start_method="fork")
