@@ -226,10 +226,11 @@ def agree(
     known = [weight.shape[0], *hidden.shape, zlib.crc32(repr(options).encode())]
     seen = torch.stack([kept.sum(), ids.amin(), ids.amax(), _digest(labels)])
     own = torch.cat([torch.tensor(known, device=labels.device), seen])
-    world = dist.get_world_size(group)
-    everyone = own.new_empty(world * len(own))
-    dist.all_gather_into_tensor(everyone, own, group=group)
-    sizes, *same = zip(*everyone.view(world, -1).tolist(), strict=True)
+    rank = dist.get_rank(group)
+    table = own.new_zeros(dist.get_world_size(group), len(own))
+    table[rank] = own
+    dist.all_reduce(table, group=group)
+    sizes, *same = zip(*table.tolist(), strict=True)
     for what, values in zip(
         (
             "hidden: rows",
@@ -259,7 +260,6 @@ def agree(
     rows = kept_first(kept)
     if checking:
         check_same("hidden", hidden[rows[:count]], rows[:count], group)
-    rank = dist.get_rank(group)
     return Shard(group, sum(sizes[:rank]), sizes[rank], vocab, max(sizes)), rows, count
 
 
