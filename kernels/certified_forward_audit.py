@@ -13,13 +13,14 @@ from .audit import AuditCase, flag_combinations
 from .certified_forward_triton import launch_forward
 from .linear_logprobs_audit import LAYOUTS, matrix, vector
 from .logit_transform import LogitTransform
+from .nucleus import Allowance
 from .precision import TRITON_DTYPES
 
 
 def audit_cases() -> Iterator[AuditCase]:
     """Every combination; the gate takes all flags on and all off for aligned bfloat16 and float32."""
     for dtype, layout in product(TRITON_DTYPES, LAYOUTS):
-        for extreme, on in flag_combinations("bias", "softcap", "gather", "stats"):
+        for extreme, on in flag_combinations("bias", "softcap", "gather", "stats", "shard"):
             name = " ".join(
                 ["certified forward", str(dtype), layout]
                 + [f"+{flag}" for flag, value in on.items() if value]
@@ -29,8 +30,15 @@ def audit_cases() -> Iterator[AuditCase]:
 
 
 def _call(
-    dtype: torch.dtype, layout: str, bias: bool, softcap: bool, gather: bool, stats: bool
+    dtype: torch.dtype,
+    layout: str,
+    bias: bool,
+    softcap: bool,
+    gather: bool,
+    stats: bool,
+    shard: bool,
 ) -> None:
+    """With ``shard`` every row may leave out something else."""
     n, vocab, width = 64, 2048, 65 if layout == "odd" else 64
     launch_forward(
         matrix(2 * n if gather else n, width, dtype, layout),
@@ -43,4 +51,5 @@ def _call(
         2**-10,
         tile_configs.target(torch.device("cpu")),
         2**26,
+        Allowance(vocab, lambda places, lse: torch.full_like(lse, 0.01)) if shard else None,
     )

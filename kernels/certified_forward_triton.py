@@ -13,7 +13,7 @@ as dropped and keeps at or below tol.
 
     _codes_kernel    logits → codes and the table of panels                        one product of n×V×H
     _rows_kernel     table → log-probs, lse, statistics; bounds low ≤ t ≤ high from the table alone; the list of
-                     the panels that reach low
+                     the panels that reach low. In a shard of a vocabulary it runs twice: tol hangs on lse there
     _nuclei_kernel   a row per program: a few looks at those panels' codes narrow t down; the last pass writes
                      the bit mask of nucleus and label, and measures what it leaves out
 
@@ -46,10 +46,17 @@ from .logits_triton import (
     source_rows,
     tanh,
 )
-from .nucleus import Nuclei, block_rows, words
+from .nucleus import Allowance, Nuclei, block_rows, words
 from .nucleus_blocks_triton import gather_blocks
 from .precision_triton import dot
-from .tile_configs import GROUP_ROWS, Target, TileConfig, bulk_copies, tile_config
+from .tile_configs import (
+    GROUP_ROWS,
+    Target,
+    TileConfig,
+    aligned_tile_config,
+    bulk_copies,
+    tile_config,
+)
 
 MERGE_ROWS, MERGE_PANELS = 4, 256  # of a program of the rows kernel, per step
 # Codes that a program of the nuclei kernel reads per step: 16 bytes per thread.
@@ -222,8 +229,9 @@ def _codes_kernel(
 
 @triton.jit(do_not_specialize=["n", "V", "panels"])
 def _rows_kernel(
-    table, labels, label_logits, rivals, logps, lse, entropy, top1, logit_mean, lists, shares, counts, bounds,
-    n, V, panels, tol, STATS: tl.constexpr, PANEL: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    table, labels, label_logits, rivals, logps, lse, entropy, top1, logit_mean, peaks,
+    lists, shares, counts, bounds, n, V, panels, tol, tols,
+    STATS: tl.constexpr, PER_ROW: tl.constexpr, PANEL: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     kept = rows < n
@@ -272,12 +280,18 @@ def _rows_kernel(
         tl.store(entropy + rows, tl.where(spread < 0.0, 0.0, spread), mask=kept)
         tl.store(top1 + rows, (label_logit == peak) & (rival < peak), mask=kept)
         tl.store(logit_mean + rows, tl.sum(logit_sum, axis=1)[:, None] / V, mask=kept)
+        tl.store(peaks + rows, peak, mask=kept)
 
     # From here on thresholds and peaks are relative to lse. At ``low`` the dropped mass is at most tol whatever
     # lies within the panels: of one whose peak stays, at most PANEL − 1 entries, each below the threshold.
     # Below ``high`` the panels whose peak goes do not weigh more than tol.
     top = -log_total
-    low = tl.minimum(tl.zeros_like(top) + (tl.log(tol) - tl.log(panels * PANEL * 1.0) - 0.01), top)
+    allowed = tol
+    if PER_ROW:
+        allowed = tl.load(tols + rows, mask=kept, other=0.5)
+    low = tl.minimum(
+        tl.zeros_like(top) + (tl.log(allowed) - tl.log(panels * PANEL * 1.0) - 0.01), top
+    )
     low_end, high, high_end = top, low, top
     for _ in range(_BOUND_STEPS):
         low_try, high_try = 0.5 * (low + low_end), 0.5 * (high + high_end)
@@ -293,10 +307,12 @@ def _rows_kernel(
             most += tl.where(x < low_try, mass, below)
             least += tl.where(x < high_try, mass, 0.0)
         # The sums of the nuclei kernel are rounded in another order.
-        fits = tl.sum(most, axis=1)[:, None] <= tol * (1.0 - 1e-5)
+        fits = tl.sum(most, axis=1)[:, None] <= allowed * (1.0 - 1e-5)
         low, low_end = tl.where(fits, low_try, low), tl.where(fits, low_end, low_try)
-        fits = tl.sum(least, axis=1)[:, None] <= tol
+        fits = tl.sum(least, axis=1)[:, None] <= allowed
         high, high_end = tl.where(fits, high_try, high), tl.where(fits, high_end, high_try)
+    if PER_ROW:
+        low = tl.where(allowed >= 1.0, float("inf"), low)  # nothing has to stay
 
     count = tl.zeros([ROWS, 1], tl.int32)
     rest = tl.zeros([ROWS, STEP], tl.float32)
@@ -350,7 +366,7 @@ def _dropped(x, mass, code, out, threshold):
 )
 def _nuclei_kernel(
     codes, labels, lists, shares, counts, bounds, masks, sizes, dropped,
-    n, V, panels, words, tol, PANEL: tl.constexpr, STEP: tl.constexpr,
+    n, V, panels, words, tol, tols, PER_ROW: tl.constexpr, PANEL: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     codes += row * panels * PANEL
@@ -364,6 +380,10 @@ def _nuclei_kernel(
     # The logarithm of the dropped mass over tol, at ``low`` and at ``high``: first a guess, then as measured.
     low_log, high_log = -2.0, 1.0
     probes = tl.where(count > 0, _PROBES, 0)
+    allowed = tol
+    if PER_ROW:
+        allowed = tl.load(tols + row)
+        probes = tl.where(low == float("inf"), 0, probes)
     while probes > 0:
         share = (tl.log(_AIM) - low_log) / (high_log - low_log)
         threshold = low + tl.minimum(tl.maximum(share, 0.2), 0.8) * (high - low)
@@ -375,11 +395,11 @@ def _nuclei_kernel(
             out = code > ((x - threshold) * _CODE_STEPS + 0.5)[:, None]
             parts += tl.where(there, _dropped(x, mass, code, out, threshold), 0.0)
         mass = rest + tl.sum(parts, axis=0)
-        log_mass = tl.log(tl.maximum(mass / tol, 1e-6))
-        fits = mass <= tol
+        log_mass = tl.log(tl.maximum(mass / allowed, 1e-6))
+        fits = mass <= allowed
         low, low_log = tl.where(fits, threshold, low), tl.where(fits, log_mass, low_log)
         high, high_log = tl.where(fits, high, threshold), tl.where(fits, high_log, log_mass)
-        found = (fits & (mass >= _CLOSE * tol)) | (high - low < _NARROW)
+        found = (fits & (mass >= allowed * _CLOSE)) | (high - low < _NARROW)
         probes = tl.where(found, 0, probes - 1)
 
     label = local_labels(labels, row, n, 0, V)
@@ -447,8 +467,11 @@ def launch_forward(
     tol: float,  # > 0
     target: Target,
     budget: int,  # bytes of workspace
+    allowance: Allowance | None = None,
 ) -> tuple[ForwardResult, Nuclei]:
     """Run the kernels chunk by chunk; a label outside [0, V) makes its row's log-prob NaN.
+
+    ``allowance``, where ``weight`` is a shard of a vocabulary, takes the place of ``tol``.
 
     A row with a NaN or +inf logit has NaN for its dropped mass, and no nucleus but its label.
     """
@@ -458,7 +481,12 @@ def launch_forward(
     like = hidden if rows is None else hidden.new_empty(1, width)
     config = tile_config("certified", target, like, weight)
     bulk = bulk_copies(target, like, weight)
-    plan = plan_rows(n, vocab, width, hidden.dtype, block_rows(hidden.device), config, budget)
+    height = block_rows(hidden.device)
+    if allowance is None:
+        plan = plan_rows(n, vocab, width, hidden.dtype, height, config, budget)
+    else:  # the same in all shards, however each of them lies in memory
+        common = aligned_tile_config("certified", target, hidden.dtype)
+        plan = plan_rows(n, allowance.widest, width, hidden.dtype, height, common, budget)
     tiles = triton.cdiv(vocab, config.cols)
     gathered = None if rows is None else hidden.new_empty(plan.chunk, width)
     columns = TensorDescriptor.from_tensor(weight, [config.cols, config.depth]) if bulk else weight
@@ -483,7 +511,9 @@ def launch_forward(
         )  # fmt: skip
 
     planes = 4 if want_stats else 2
-    return choose_columns(labels, vocab, want_stats, tol, plan, config, planes, write_codes)
+    return choose_columns(
+        labels, vocab, want_stats, tol, plan, config, planes, write_codes, allowance
+    )
 
 
 class Codes(NamedTuple):
@@ -504,6 +534,7 @@ def choose_columns(
     config: TileConfig,
     planes: int,
     write_codes: Callable[[slice, Tensor, Codes], None],
+    allowance: Allowance | None = None,
 ) -> tuple[ForwardResult, Nuclei]:
     """Results and nuclei of n rows: ``write_codes`` fills the codes of some of them, with these labels."""
     n, device, height = labels.numel(), labels.device, block_rows(labels.device)
@@ -519,6 +550,7 @@ def choose_columns(
         entropy=new(n) if want_stats else None,
         top1=new(n, dtype=torch.bool) if want_stats else None,
         logit_mean=new(n) if want_stats else None,
+        peak=new(n) if want_stats else None,
     )
     nuclei = Nuclei(
         order=new(n, dtype=torch.int64),
@@ -542,14 +574,20 @@ def choose_columns(
             count = r.stop - r.start
             write_codes(r, labels[r], of_chunk)
             of_rows = [None if values is None else values[r] for values in result]
-            _rows_kernel[(triton.cdiv(count, MERGE_ROWS),)](
-                table, labels[r], label_logits, rivals, *of_rows, lists, shares, counts, bounds,
-                count, vocab, panels, tol,
-                STATS=want_stats, PANEL=panel, ROWS=MERGE_ROWS, STEP=MERGE_PANELS, num_warps=4,
-            )  # fmt: skip
+            tols = None
+            for asked in (False, True) if allowance is not None else (False,):
+                if (
+                    asked and allowance is not None
+                ):  # lse is known: once more, with what hangs on it
+                    tols = allowance.of_rows(r, result.lse[r]).contiguous()
+                _rows_kernel[(triton.cdiv(count, MERGE_ROWS),)](
+                    table, labels[r], label_logits, rivals, *of_rows, lists, shares, counts, bounds,
+                    count, vocab, panels, tol, tols, STATS=want_stats, PER_ROW=tols is not None,
+                    PANEL=panel, ROWS=MERGE_ROWS, STEP=MERGE_PANELS, num_warps=4,
+                )  # fmt: skip
             _nuclei_kernel[(count,)](
                 codes, labels[r], lists, shares, counts, bounds, halves[chunk.start :], sizes[chunk.start :],
-                nuclei.dropped[r], count, vocab, panels, mask_words, tol,
+                nuclei.dropped[r], count, vocab, panels, mask_words, tol, tols, PER_ROW=tols is not None,
                 PANEL=panel, STEP=SEARCH_COLUMNS // panel, num_warps=SEARCH_WARPS,
             )  # fmt: skip
         length = window.stop - window.start

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from .linear_logprobs_torch import (
     write_rows,
 )
 from .logit_transform import LogitTransform
-from .nucleus import WORD_BITS, Nuclei, block_rows, gather_blocks, words
+from .nucleus import WORD_BITS, Allowance, Nuclei, block_rows, gather_blocks, words
 from .precision import accumulation_dtype, full_precision
 from .products_torch import multiply
 
@@ -65,19 +66,23 @@ def forward(
     want_stats: bool,
     tol: float,
     perturb: Callable[[Tensor, Tensor, slice], None] | None = None,
+    allowance: Allowance | None = None,
 ) -> tuple[ForwardResult, Nuclei]:
     """What ``linear_logprobs_torch.forward`` returns, and the nuclei for ``tol`` > 0.
 
     ``perturb(z, h, places)`` may change the logits z (R, V) of rows h (R, H), those at ``places`` of the n.
+    ``allowance``, where ``weight`` is a shard of a vocabulary, takes the place of ``tol``.
     """
     dtype = accumulation_dtype(hidden.dtype)
     n, vocab, device = labels.numel(), weight.shape[0], hidden.device
     height = block_rows(device)
     narrow = weight.dtype != dtype
-    plan = plan_certified_forward(n, vocab, weight.shape[1], height, device, dtype, narrow)
+    widest = vocab if allowance is None else allowance.widest
+    plan = plan_certified_forward(n, widest, weight.shape[1], height, device, dtype, narrow)
     per_row = {name: hidden.new_empty(n, dtype=dtype) for name in ("logps", "lse", "dropped")}
     if want_stats:
-        per_row |= {name: hidden.new_empty(n, dtype=dtype) for name in ("entropy", "logit_mean")}
+        names = ("entropy", "logit_mean", "peak")
+        per_row |= {name: hidden.new_empty(n, dtype=dtype) for name in names}
         per_row["top1"] = hidden.new_empty(n, dtype=torch.bool)
     blocks = -(-n // height)
     order = torch.empty(n, dtype=torch.int64, device=device)
@@ -103,7 +108,7 @@ def forward(
                     _finish_rows(
                         z[t],
                         labels[of_tile],
-                        tol,
+                        tol if allowance is None else partial(allowance.of_rows, of_tile),
                         scratch,
                         {name: values[of_tile] for name, values in per_row.items()},
                         masks[of_window],
@@ -150,7 +155,7 @@ def _fill_logits(
 def _finish_rows(
     z: Tensor,  # (T, V) logits; overwritten
     labels: Tensor,  # (T,)
-    tol: float,
+    tol: float | Callable[[Tensor], Tensor],  # or what makes it, (T,), of these rows' lse
     scratch: _Scratch,
     out: dict[str, Tensor],  # (T,) each
     masks: Tensor,  # (T, words)
@@ -163,8 +168,11 @@ def _finish_rows(
         peak, argmax = z.max(dim=1, keepdim=True)
         out["logit_mean"].copy_(z.mean(dim=1))
         out["top1"].copy_(argmax.squeeze(1) == labels)
+        out["peak"].copy_(peak.squeeze(1))
     else:
         peak = z.amax(dim=1, keepdim=True)
+    # A bias may forbid every token of a shard: finite, so that −inf − peak is −inf and not NaN.
+    peak = peak.clamp(min=torch.finfo(z.dtype).min)
     shifted = z.sub_(peak).clamp_(min=LEAST_EXPONENT[z.dtype])
     free = scratch.values[: z.shape[0]]
     if "entropy" in out:
@@ -175,10 +183,12 @@ def _finish_rows(
     total = e.sum(dim=1, keepdim=True)  # ≥ 1 because the largest logit contributes exp(0)
     log_total = total.log()
     out["logps"].copy_(((label_logit - peak) - log_total).squeeze(1))
-    out["lse"].copy_((peak + log_total).squeeze(1))
+    lse = (peak + log_total).squeeze(1)
+    out["lse"].copy_(lse)
     if "entropy" in out:
         out["entropy"].copy_((log_total - moment / total).clamp_(min=0.0).squeeze(1))
-    threshold, tail = nucleus_thresholds(e, total, tol, free)
+    allowed = tol(lse).unsqueeze(1) if callable(tol) else tol
+    threshold, tail = nucleus_thresholds(e, total, allowed, free)
     out["dropped"].copy_((tail / total).squeeze(1))
 
     # In place of e, which may lie in the scratch: one flag per column, nucleus or label.
@@ -192,7 +202,7 @@ def _finish_rows(
 def nucleus_thresholds(
     e: Tensor,  # (T, V) exp(z − max z)
     total: Tensor,  # (T, 1) its sum over V
-    tol: float,
+    tol: float | Tensor,  # (T, 1) where it differs from row to row; from 1 on nothing has to stay
     free: Tensor,  # (T, V), overwritten
 ) -> tuple[Tensor, Tensor]:
     """(threshold, tail), each (T, 1): entries of e below the threshold sum up to tail ≤ tol·total.
@@ -202,7 +212,11 @@ def nucleus_thresholds(
     tol·total/V is allowed without a look: fewer than V entries are smaller.
     """
     log_total, log_columns = total.log(), math.log(e.shape[1])
-    allowed = math.log(tol) + log_total
+    everything = None
+    if isinstance(tol, Tensor):
+        everything = tol >= 1.0
+        tol = tol.clamp(max=1.0)
+    allowed = log_total + (tol.log() if isinstance(tol, Tensor) else math.log(tol))
     low = allowed - log_columns
     high = torch.zeros_like(low)  # log of the largest entry, which must stay
     tail = tol * total  # an upper bound until a look has found better
@@ -225,7 +239,11 @@ def nucleus_thresholds(
         previous = (x, excess)
         x = x - (excess - aim) / slope
         x = torch.where((x > low) & (x < high), x, 0.5 * (low + high))
-    return low.exp(), tail
+    threshold = low.exp()
+    if everything is not None:
+        threshold = threshold.masked_fill_(everything, torch.inf)
+        tail = torch.where(everything, total, tail)
+    return threshold, tail
 
 
 def backward(

@@ -15,7 +15,7 @@ from .certified_forward_triton import launch_forward
 from .linear_logprobs_torch import ForwardResult
 from .linear_logprobs_triton import supported, target_for
 from .logit_transform import LogitTransform
-from .nucleus import Nuclei, block_rows
+from .nucleus import Allowance, Nuclei, block_rows
 
 __all__ = ["backward", "forward", "supported"]
 
@@ -29,13 +29,14 @@ def forward(
     transform: LogitTransform,
     want_stats: bool,
     tol: float,  # > 0
+    allowance: Allowance | None = None,
 ) -> tuple[ForwardResult, Nuclei]:
-    """What ``linear_logprobs_triton.forward`` returns, and the nuclei for ``tol``."""
+    """What ``linear_logprobs_triton.forward`` returns, and the nuclei for ``tol``, or for ``allowance``."""
     target = target_for(hidden, weight)
     with torch.cuda.device_of(hidden):
         return launch_forward(
             hidden, weight, bias, labels, rows, transform, want_stats, tol,
-            target, chunking.budget_bytes(hidden.device),
+            target, chunking.budget_bytes(hidden.device), allowance,
         )  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def _partials_kernel(
 
 @triton.jit(do_not_specialize=["n", "V", "splits"])
 def _merge_kernel(
-    partials, labels, logps, lse, entropy, top1, logit_mean, n, V, splits, outer,
+    partials, labels, logps, lse, entropy, top1, logit_mean, peaks, n, V, splits, outer,
     STATS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -171,6 +171,7 @@ def _merge_kernel(
         tl.store(entropy + rows, tl.where(spread < 0.0, 0.0, spread), mask=kept)
         tl.store(top1 + rows, (label_logit == peak) & (rival < peak), mask=kept)
         tl.store(logit_mean + rows, outer * (logit_sum / V), mask=kept)
+        tl.store(peaks + rows, peak * _LN_2, mask=kept)
 
 
 def launch_forward(
@@ -196,6 +197,7 @@ def launch_forward(
         entropy=per_row() if want_stats else None,
         top1=per_row(torch.bool) if want_stats else None,
         logit_mean=per_row() if want_stats else None,
+        peak=per_row() if want_stats else None,
     )
     if n == 0:
         return result
@@ -247,6 +249,7 @@ def merge_partials(
     entropy: Tensor | None = None,
     top1: Tensor | None = None,
     logit_mean: Tensor | None = None,
+    peak: Tensor | None = None,
     *,
     vocab: int,
     outer: float = 1.0,  # of logit_mean
@@ -254,6 +257,6 @@ def merge_partials(
     """Join the splits of every row; statistics where they are wanted."""
     _, splits, n = partials.shape
     _merge_kernel[(triton.cdiv(n, MERGE_ROWS),)](
-        partials, labels, logps, lse, entropy, top1, logit_mean, n, vocab, splits, outer,
+        partials, labels, logps, lse, entropy, top1, logit_mean, peak, n, vocab, splits, outer,
         STATS=entropy is not None, ROWS=MERGE_ROWS, num_warps=4,
     )  # fmt: skip

@@ -31,13 +31,14 @@ WRITTEN_ROWS = 256  # converted at a time
 
 
 class ForwardResult(NamedTuple):
-    """What the forward leaves for every kept row; the last three are None unless statistics were asked for."""
+    """What the forward leaves for every kept row; the last four are None unless statistics were asked for."""
 
     logps: Tensor  # (n,) z_label − lse, ≤ 0, nats
     lse: Tensor  # (n,) log Σ_v exp(z_v)
     entropy: Tensor | None  # (n,) of the softmax, nats
     top1: Tensor | None  # (n,) bool: the label is the argmax (of equal logits the lowest id)
     logit_mean: Tensor | None  # (n,) mean of z over the vocabulary
+    peak: Tensor | None  # (n,) the largest z
 
 
 def linear_logprobs_reference(
@@ -127,6 +128,7 @@ def forward(
         entropy=None if moment is None else (log_total - moment / total).clamp_(min=0.0),
         top1=None if argmax is None else argmax == labels,
         logit_mean=None if logit_sum is None else logit_sum / vocab,
+        peak=peak if want_stats else None,
     )
 
 

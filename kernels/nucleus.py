@@ -15,6 +15,7 @@ them from the rows' masks (Triton has kernels of its own for that), ``column_mas
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,19 @@ class Nuclei(NamedTuple):
     columns: Tensor  # (blocks, words) int32: bit v % 32 of word v // 32 says that the block recomputes column v
     counts: Tensor  # (blocks,) int32: how many columns that are; V for a dense block
     dropped: Tensor  # (n,) d_i as the forward measured it, ≤ tol, in the order of the kept rows
+
+
+class Allowance(NamedTuple):
+    """What one shard of a vocabulary may leave out of each row, which hangs on the row's lse over all shards.
+
+    A forward asks while it has the rows' logits, some rows at a time, and the shards exchange their lse then.
+    So all of them must ask for the same rows: each plans as if it were the widest.
+    """
+
+    widest: int  # columns of the widest shard
+    # Places of R rows and their (R,) lse over the shard → (R,) share of the *shard's* probability that may go.
+    # From 1 on the row needs no column of the shard.
+    of_rows: Callable[[slice, Tensor], Tensor]
 
 
 def words(vocab: int) -> int:

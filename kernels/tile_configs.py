@@ -50,8 +50,8 @@ _INTERPRETER_TILE = TileConfig(16, 32, 16, 1, 1)
 # "certified": logits of the certified forward; "pieces": those of its backward; "… softcap": the same with a
 # softcap, whose tanh needs registers; "noisy", "noisy certified", "noisy pieces": logits and pieces with noise,
 # which have two accumulators; "unaligned": any of these for operands that cannot be loaded 16 bytes at a time,
-# which takes registers for addresses, and "noisy unaligned" any of those with noise, but where "… unaligned" has
-# an entry of its own. Each is the largest tile that was found to compile without spills (`make audit`).
+# which takes registers for addresses, and "noisy unaligned" any of those with noise, where "… unaligned" has no
+# entry of its own. Each is the largest tile that was found to compile without spills (`make audit`).
 _TABLE: dict[tuple[str, str, str], TileConfig] = {
     ("logits", "sm_80", "half"): TileConfig(128, 128, 32, 8, 4),
     ("logits", "sm_80", "float32"): TileConfig(64, 64, 32, 4, 3),
@@ -173,14 +173,25 @@ def target(device: torch.device) -> Target:
 
 def tile_config(use: str, target: Target, *operands: torch.Tensor) -> TileConfig:
     """The tile for ``use``, a name of the table, of matrices that come from the caller."""
+    dtype = operands[0].dtype
+    if not all(map(_aligned, operands)):
+        own, general = (
+            f"{use} unaligned",
+            "noisy unaligned" if use.startswith("noisy") else "unaligned",
+        )
+        use = own if (own, target.chip, _family(dtype)) in _TABLE else general
+    return aligned_tile_config(use, target, dtype)
+
+
+def aligned_tile_config(use: str, target: Target, dtype: torch.dtype) -> TileConfig:
+    """The same for matrices whose rows can be loaded 16 bytes at a time."""
     if target.chip == "interpreter":
         return _INTERPRETER_TILE
-    family = "float32" if operands[0].dtype == torch.float32 else "half"
-    if not all(map(_aligned, operands)):
-        general = "noisy unaligned" if use.startswith("noisy") else "unaligned"
-        own = f"{use} unaligned"
-        use = own if (own, target.chip, family) in _TABLE else general
-    return _TABLE[use, target.chip, family]
+    return _TABLE[use, target.chip, _family(dtype)]
+
+
+def _family(dtype: torch.dtype) -> str:
+    return "float32" if dtype == torch.float32 else "half"
 
 
 def bulk_copies(target: Target, *operands: torch.Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +17,20 @@ def check_tensors(bias: Tensor | None, **required: Tensor) -> None:
     for name, value in required.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+    for name, given in (*required.items(), ("bias", bias)):
+        if is_dtensor(given):
+            raise TypeError(f"{name}: got a DTensor, expected a plain tensor, whole on this rank")
+
+
+def is_dtensor(value: Any) -> bool:
+    """Whether ``value`` is a DTensor. Plain tensors do not import the module that defines it, which is slow."""
+    if type(value) in (Tensor, torch.nn.Parameter) or not isinstance(value, Tensor):
+        return False
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
 
 
 def under_autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -44,14 +58,17 @@ def check_arguments(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    sharded: bool = False,
 ) -> None:
+    """Raise unless the arguments fit together; a ``sharded`` weight may have no row here."""
     if hidden.dtype not in TORCH_DTYPES:
         raise TypeError(
             f"hidden: got dtype {hidden.dtype}, expected float32, bfloat16, float16 or float64"
         )
     if hidden.dim() == 0:
         raise ValueError("hidden: got a scalar, expected shape (..., H)")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    empty = weight.dim() == 2 and weight.shape[0] == 0 and not sharded
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or empty:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, expected (V, {hidden.shape[-1]}) with V ≥ 1 "
             f"for hidden {tuple(hidden.shape)}"
@@ -95,13 +112,27 @@ def kept_rows(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor, in
     """
     kept = labels != ignore_index
     bad = kept & ((labels < 0) | (labels >= vocab))
-    # A stable sort puts the kept rows first without a data-dependent shape, hence without a second read.
-    rows = torch.sort(~kept, stable=True).indices
+    rows = kept_first(kept)
     count, bad_count = torch.stack([kept.sum(), bad.sum()]).tolist()
     if bad_count:
-        first = int(bad.nonzero()[0])
-        raise ValueError(
-            f"labels: {bad_count} of {count} outside [0, {vocab}) and not ignore_index {ignore_index}; "
-            f"the first is {int(labels[first])} at flat position {first}"
-        )
+        refuse_out_of_range(labels, ignore_index, vocab)
     return rows, count
+
+
+def kept_first(kept: Tensor) -> Tensor:
+    """Indices (N,) of the true rows, then of the others.
+
+    A stable sort makes them without a data-dependent shape, hence without a read.
+    """
+    return torch.sort(~kept, stable=True).indices
+
+
+def refuse_out_of_range(labels: Tensor, ignore_index: int, vocab: int) -> NoReturn:
+    """Raise the ValueError for labels of which some are neither ``ignore_index`` nor in [0, vocab)."""
+    kept = labels != ignore_index
+    bad = (kept & ((labels < 0) | (labels >= vocab))).nonzero()
+    first = int(bad[0])
+    raise ValueError(
+        f"labels: {len(bad)} of {int(kept.sum())} outside [0, {vocab}) and not ignore_index {ignore_index}; "
+        f"the first is {int(labels[first])} at flat position {first}"
+    )

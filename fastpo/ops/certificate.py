@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastpo.kernels.chunking import plan_tile, spans
@@ -13,6 +16,9 @@ from fastpo.kernels.noisy_gradients_torch import project
 from fastpo.kernels.nucleus import block_rows, column_mask
 from fastpo.kernels.philox_torch import normal_tile
 from fastpo.kernels.precision import accumulation_dtype, full_precision
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SLACK = 1e-3  # of tol, beside what rounding does to a sum of probabilities
 
@@ -69,15 +75,21 @@ def check_certificate(
     transform: LogitTransform,
     tol: float,
     noise: Noise | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """Raise unless every row's dropped mass is at most ``tol``; arguments as ``dropped_masses`` has them.
 
+    Over the ranks of ``group``, which hold shards of the vocabulary, masses are summed up, and all ranks raise.
     Rows whose lse is not finite promise nothing: their gradient is not finite either.
 
     Raises:
         RuntimeError: a row loses more; it is named with its mass.
     """
     dropped = dropped_masses(hidden, weight, bias, rows, lse, columns, counts, transform, noise)
+    if group is not None:  # whose ranks have the rows in orders of their own
+        per_row = dropped.new_zeros(hidden.shape[0]).index_copy_(0, rows, dropped)
+        dist.all_reduce(per_row, group=group)
+        dropped = per_row[rows]
     dropped = torch.where(lse.isfinite(), dropped, 0.0)
     if dropped.numel() and float(dropped.max()) > tol * (1 + SLACK) + 1e-6:
         place = int(dropped.argmax())

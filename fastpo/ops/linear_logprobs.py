@@ -3,12 +3,13 @@
 This file holds what is the same for every backend: dropping of rows without a label and the registration with
 ``torch.library``. Arguments are checked in ``arguments``. The arithmetic is in
 ``fastpo.kernels.linear_logprobs_torch`` and ``fastpo.kernels.linear_logprobs_triton``, that of the certified
-backward in ``fastpo.kernels.certified_torch`` and ``fastpo.kernels.certified_triton``.
+backward in ``fastpo.kernels.certified_torch`` and ``fastpo.kernels.certified_triton``; what ranks exchange that
+hold shards of a vocabulary, in ``vocab_parallel``.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +24,18 @@ from .certificate import check_certificate
 from .certified import DEFAULT_TOL, blocks_of, check_backward, effective_tol, empty_blocks
 from .checks import check_everything
 from .differentiable_once import refuse_double_backward
+from .vocab_parallel import (
+    agree,
+    check_same,
+    group_called,
+    local_labels,
+    local_shard,
+    sharded_statistics,
+    sum_over_shards,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class TokenStats(NamedTuple):
@@ -57,6 +70,7 @@ def linear_logprobs(
     tol: float = DEFAULT_TOL,
     low_memory: bool = False,
     backend: str = "auto",
+    vocab_group: ProcessGroup | None = None,
     return_stats: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -76,6 +90,7 @@ def linear_logprobs(
     tol: float = DEFAULT_TOL,
     low_memory: bool = False,
     backend: str = "auto",
+    vocab_group: ProcessGroup | None = None,
     return_stats: Literal[True],
 ) -> tuple[Tensor, TokenStats]: ...
 
@@ -95,6 +110,7 @@ def linear_logprobs(
     tol: float = DEFAULT_TOL,
     low_memory: bool = False,
     backend: str = "auto",
+    vocab_group: ProcessGroup | None = None,
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, TokenStats]: ...
 
@@ -113,6 +129,7 @@ def linear_logprobs(
     tol: float = DEFAULT_TOL,
     low_memory: bool = False,
     backend: str = "auto",
+    vocab_group: ProcessGroup | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Log-probability of each label under softmax(z), z = softcap·tanh(scale·(W h + b)/softcap)/temperature.
@@ -137,6 +154,13 @@ def linear_logprobs(
         low_memory: the certified backward makes dH and dW in two sweeps, which costs its logits twice and saves
             a float32 sum of the size of one of them, where ``weight`` is in low precision.
         backend: ``"auto"`` (Triton on CUDA, else PyTorch), ``"triton"`` or ``"torch"``.
+        vocab_group: process group over which the rows of ``weight`` and ``bias`` are sharded: each rank passes
+            its own, contiguous and in rank order, as many as it has but at least one. All ranks pass the same
+            ``hidden``, ``labels`` (ids among the rows of all ranks) and options, get the same result, and must
+            differentiate it alike, all or none with respect to ``hidden``: dH is summed up over the group, dW
+            and db stay where their rows are. None, or a group of one rank: ``weight`` is whole. A ``weight``
+            (and ``bias``) that is a DTensor, ``Shard(0)`` on a mesh of one dimension, brings its group along,
+            and gets a DTensor for its gradient. See docs/many-devices.md.
         return_stats: also return :class:`TokenStats`.
 
     Returns:
@@ -146,11 +170,14 @@ def linear_logprobs(
     Raises:
         TypeError: an argument of the wrong dtype, or dtypes that differ.
         ValueError: shapes or devices that do not fit, a label outside [0, V), a softcap or temperature ≤ 0, a
-            tolerance outside [0, 1).
+            tolerance outside [0, 1). With ``vocab_group``, on all its ranks: shapes of ``hidden``, labels or
+            options that differ between them, or a rank without rows. Hidden states that differ, and gradients
+            of the log-probs, are looked for under ``FASTPO_CHECK=1`` alone.
 
     Under autocast, ``hidden``, ``weight`` and ``bias`` are cast to the autocast dtype first, as a linear layer
     would do; float64 stays.
     """
+    weight, bias, group = local_shard(weight, bias, vocab_group)
     check_tensors(bias=bias, hidden=hidden, weight=weight, labels=labels)
     hidden, weight, bias = under_autocast(hidden, weight, bias)
     return score(
@@ -168,6 +195,7 @@ def linear_logprobs(
         low_memory=low_memory,
         backend=backend,
         return_stats=return_stats,
+        group=group,
     )
 
 
@@ -187,14 +215,18 @@ def score(
     low_memory: bool = False,
     backend: str = "auto",
     return_stats: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """:func:`linear_logprobs` on operands that are tensors, in the dtype in which they are to be multiplied.
 
     With ``last_columns``, which hold what the last K columns of ``weight`` hold, the gradient of the weight
     goes to them and is made for them alone, at 2·N·V·K flop in the place of 2·N·V·H; ``weight`` gets none.
+    With ``group``, ``weight`` and ``bias`` are this rank's rows of a whole that the ranks share.
     """
     check_backward(backward, tol)
-    check_arguments(hidden, weight, labels, bias, logit_scale, softcap, temperature)
+    check_arguments(
+        hidden, weight, labels, bias, logit_scale, softcap, temperature, sharded=group is not None
+    )
     choose_backend(backend, hidden.device, hidden.dtype)
     shape = labels.shape
     logps, _, _, _, entropy, top1, logit_mean, _, _, *per_call = _linear_logprobs(
@@ -211,6 +243,7 @@ def score(
         effective_tol(backward, tol, (hidden, weight, bias, last_columns)),
         low_memory,
         last_columns,
+        "" if group is None else group.group_name,
     )
     logps = logps.view(shape)
     if not return_stats:
@@ -265,6 +298,7 @@ def _linear_logprobs(
     tol: float,
     low_memory: bool,
     last_columns: Tensor | None = None,
+    group: str = "",
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:
@@ -272,23 +306,49 @@ def _linear_logprobs(
     column masks and counts of the blocks ((0,) for the exact backward), and three scalars of the call.
 
     The kept rows are in block order where there are blocks. ``low_memory`` is for the backward, and so are the
-    ``last_columns`` (V, K) of the weight, which then take its gradient.
+    ``last_columns`` (V, K) of the weight, which then take its gradient. ``group`` names the ranks over which a
+    vocabulary is sharded, of which ``weight`` is this rank's part: results are then those of the whole, masks
+    and counts those of the part, and beside the number of rows on the CPU stands the id of the part's first
+    token.
     """
     transform = LogitTransform(logit_scale, softcap, temperature)
-    order, count = kept_rows(labels, ignore_index, weight.shape[0])
+    shard = None
+    if group:
+        options = (bias is None, logit_scale, softcap, temperature, want_stats, tol)
+        shard, order, count = agree(
+            hidden, weight, labels, ignore_index, options, group_called(group)
+        )
+    else:
+        order, count = kept_rows(labels, ignore_index, weight.shape[0])
     rows = None if count == labels.numel() else order[:count]
     compact_labels = labels if rows is None else labels[rows]
+    # Of a label in another shard any place serves: what is found there is not used.
+    places = (
+        compact_labels
+        if shard is None
+        else local_labels(compact_labels, shard.first, shard.size, elsewhere=0)
+    )
     module = linear_logprobs_module(hidden, weight, backend, certified=tol > 0)
-    arguments = (hidden, weight, bias, compact_labels, rows, transform, want_stats)
+    arguments = (hidden, weight, bias, places, rows, transform, want_stats)
     if tol == 0:
         result = module.forward(*arguments)
+        if shard is not None:
+            result = shard.join(result, compact_labels, shard.lse(result.lse))
         columns, counts = (torch.empty(0, dtype=torch.int32, device=hidden.device) for _ in "ab")
         per_call = exact_statistics(count, hidden)
     else:
-        result, nuclei = module.forward(*arguments, tol)
+        if shard is None:
+            result, nuclei = module.forward(*arguments, tol)
+            per_call = _certified_statistics(nuclei, count, weight.shape[0])
+        else:
+            lse = hidden.new_empty(count, dtype=accumulation_dtype(hidden.dtype))
+            allowance = shard.allowance(tol, lse)
+            own, nuclei = module.forward(*arguments, tol, allowance=allowance)
+            result = shard.join(own, compact_labels, lse)
+            per_row = shard.join_nuclei(own.lse - lse, nuclei)
+            per_call = sharded_statistics(*per_row, shard.vocab)
         order = torch.cat([order[:count][nuclei.order], order[count:]])
         columns, counts = blocks_of(nuclei, labels.numel(), weight.shape[0])
-        per_call = _certified_statistics(nuclei, count, weight.shape[0])
 
     def per_token(values: Tensor | None) -> Tensor:
         if values is None:
@@ -301,7 +361,7 @@ def _linear_logprobs(
         per_token(result.logps),
         per_token(result.lse),
         order,
-        torch.tensor([count]),
+        torch.tensor([count] if shard is None else [count, shard.first]),
         per_token(result.entropy),
         per_token(result.top1),
         per_token(result.logit_mean),
@@ -351,6 +411,7 @@ def _(
     tol: float,
     low_memory: bool,
     last_columns: Tensor | None = None,
+    group: str = "",
 ) -> tuple[Tensor, ...]:
     wide = accumulation_dtype(hidden.dtype)
     per_token = labels.new_empty(labels.shape, dtype=wide)
@@ -363,7 +424,7 @@ def _(
         per_token,
         torch.empty_like(per_token),
         torch.empty_like(labels),
-        torch.empty(1, dtype=torch.int64, device="cpu"),
+        torch.empty(2 if group else 1, dtype=torch.int64, device="cpu"),
         *stats,
         *empty_blocks(labels, weight.shape[0], tol),
         per_token.new_empty(()),
@@ -390,25 +451,35 @@ def _linear_logprobs_backward(
     backend: str,
     tol: float,
     low_memory: bool,
+    group: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
     last_columns: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dH (N, H), dW (V, H), or (V, ``last_columns``) of so many, db (V,); (0,) for each that is not needed."""
+    """dH (N, H), dW (V, H), or (V, ``last_columns``) of so many, db (V,); (0,) for each that is not needed.
+
+    dH is that of all ranks of ``group``.
+    """
     transform = LogitTransform(logit_scale, softcap, temperature)
-    kept = int(count)  # a CPU tensor: no device is waited for
+    kept, *first = count.tolist()  # a CPU tensor: no device is waited for
+    ranks = group_called(group) if group else None
+    if ranks is not None:
+        labels = local_labels(labels, first[0], weight.shape[0], elsewhere=-1)
     certified = tol > 0
     module = linear_logprobs_module(hidden, weight, backend, certified)
     needed = (need_hidden, need_weight, need_bias)
     rows = order[:kept]
+    if ranks is not None and check_everything():
+        in_order = rows.sort().values  # else by blocks, which every rank has of its own
+        check_same("gradient of the log-probs", grad[in_order], in_order, ranks)
     if certified or kept < labels.numel():
         grad, lse, labels = grad[rows], lse[rows], labels[rows]
     if certified:
         used = block_count(kept, columns.device)
         blocks = (columns[:used], counts[:used])
         if check_everything():
-            check_certificate(hidden, weight, bias, rows, lse, *blocks, transform, tol)
+            check_certificate(hidden, weight, bias, rows, lse, *blocks, transform, tol, group=ranks)
         gradients = module.backward(
             grad,
             hidden,
@@ -437,7 +508,10 @@ def _linear_logprobs_backward(
             *needed,
             last_columns,
         )
-    return tuple(hidden.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
+    d_hidden, *others = gradients
+    if d_hidden is not None and ranks is not None:
+        d_hidden = sum_over_shards(d_hidden, ranks)
+    return tuple(hidden.new_empty(0) if g is None else g for g in (d_hidden, *others))  # type: ignore[return-value]
 
 
 @_linear_logprobs_backward.register_fake
@@ -458,6 +532,7 @@ def _(
     backend: str,
     tol: float,
     low_memory: bool,
+    group: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -473,11 +548,11 @@ def _(
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    (hidden, weight, labels, bias, logit_scale, softcap, temperature, _, backend, _, *certified,
-     last_columns) = inputs  # fmt: skip
+    (hidden, weight, labels, bias, logit_scale, softcap, temperature, _, backend, _, tol, low_memory,
+     last_columns, group) = inputs  # fmt: skip
     _, lse, order, count, entropy, top1, logit_mean, columns, counts, *per_call = output
     ctx.save_for_backward(hidden, weight, labels, bias, lse, order, count, columns, counts)
-    ctx.options = (logit_scale, softcap, temperature, backend, *certified)
+    ctx.options = (logit_scale, softcap, temperature, backend, tol, low_memory, group)
     ctx.last_columns = None if last_columns is None else last_columns.shape[1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(
@@ -487,7 +562,7 @@ def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 
 def _differentiate(ctx, d_logps, *_):  # type: ignore[no-untyped-def]
     if d_logps is None:
-        return (None,) * 13
+        return (None,) * 14
     in_columns = ctx.last_columns is not None
     needed = [ctx.needs_input_grad[i] for i in (0, 12 if in_columns else 1, 3)]
     d_hidden, d_weight, d_bias = _linear_logprobs_backward(
@@ -501,6 +576,7 @@ def _differentiate(ctx, d_logps, *_):  # type: ignore[no-untyped-def]
         d_bias if needed[2] else None,
         *(None,) * 8,
         d_weight if in_columns else None,
+        None,
     )
 
 

@@ -301,7 +301,7 @@ def test_any_strides(seed: int, monkeypatch) -> None:
 def test_without_statistics_only_log_probs_and_lse_come_back(seed: int, monkeypatch) -> None:
     p = first_rows(make_problem(seed, FLOAT32, bias=False), 2)
     plain, full = run(p, 0.1, monkeypatch, want_stats=False), run(p, 0.1, monkeypatch)
-    assert plain.result[2:] == (None, None, None)
+    assert plain.result[2:] == (None,) * 4
     assert all(torch.equal(a, b) for a, b in zip(plain.result[:2], full.result[:2], strict=True))
     assert torch.equal(plain.masks, full.masks)
 
@@ -326,7 +326,7 @@ def test_no_rows() -> None:
             torch.empty(0, dtype=torch.int64), rows, PLAIN, True, 0.01,
             tile_configs.target(torch.device("cpu")), 2**26,
         )  # fmt: skip
-        assert [value.shape for value in result] == [(0,)] * 5
+        assert [value.shape for value in result] == [(0,)] * 6
         assert [value.shape for value in nuclei] == [(0,), (0, 2), (0,), (0,)]
 
 

@@ -157,6 +157,8 @@ def check_forward(p: Problem, got: ForwardResult, want: Reference) -> None:
             value.double(), expected, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
     assert torch.equal(got.top1, want.top1)
+    peak = want.logits.amax(dim=1)
+    torch.testing.assert_close(got.peak.double(), peak, rtol=0, atol=wide)
 
 
 def check_gradients(
@@ -225,7 +227,7 @@ def test_gathered_rows_go_through_in_parts_that_fit_the_budget(
 def test_without_statistics_only_log_probs_and_lse_come_back(seed: int) -> None:
     p = make_problem(seed, FLOAT32)
     plain, full = p.forward(want_stats=False), p.forward(want_stats=True)
-    assert plain[2:] == (None, None, None)
+    assert plain[2:] == (None,) * 4
     assert torch.equal(plain.logps, full.logps)
     assert torch.equal(plain.lse, full.lse)
 
@@ -362,7 +364,7 @@ def test_no_rows(seed: int) -> None:
     for rows in (None, torch.empty(0, dtype=torch.int64)):
         hidden = p.hidden[:0] if rows is None else p.hidden
         empty = replace(p, hidden=hidden, labels=p.labels[:0], rows=rows, grad=nothing)
-        assert [value.shape for value in empty.forward()] == [(0,)] * 5
+        assert [value.shape for value in empty.forward()] == [(0,)] * 6
         for gradient, like in zip(empty.backward(nothing), (hidden, p.weight, p.bias), strict=True):
             assert torch.equal(gradient, torch.zeros_like(like))
 

@@ -185,7 +185,7 @@ def test_recording_launches_nothing_and_leaves_triton_as_it_was() -> None:
 def test_every_row_of_the_tile_table_is_audited() -> None:
     flags_of = {
         linear_logprobs_audit: 5,
-        certified_forward_audit: 4,
+        certified_forward_audit: 5,
         certified_backward_audit: 4,
         noisy_linear_logprobs_audit: 2,
         certified_noisy_audit: 2,
