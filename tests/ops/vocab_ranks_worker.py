@@ -266,7 +266,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         arguments = (*inputs, torch.arange(5) * 3, None, 1.1, 4.0, 0.9, -100, "auto", True)
         results["opcheck"] = {
             tol: torch.library.opcheck(
-                torch.ops.fastpo.linear_logprobs, (*arguments, tol, False, name)
+                torch.ops.fastpo.linear_logprobs, (*arguments, tol, False, None, name)
             )
             for tol in job["opcheck"]
         }
