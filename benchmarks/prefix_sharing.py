@@ -1,6 +1,7 @@
 """Time of a training step against the prompt's share of a pair: padded, packed, and with shared prompts.
 
-    python -m fastpo.benchmarks.prefix_sharing [--out results/prefix_sharing-cpu.json]
+    python -m fastpo.benchmarks.prefix_sharing           # → results/prefix_sharing-cpu.json
+    python -m fastpo.benchmarks.prefix_sharing --report  # → the table in docs/long-context.md
 
 One step is the forward and backward of a Llama with a fused head and DPO's loss without its reference, on pairs
 whose two answers have the same length. The three layouts take turns within a round; each round's ratios count.
@@ -25,7 +26,11 @@ from fastpo.data import PackedCollator, PreferenceCollator
 from fastpo.head import FusedHead
 from fastpo.head.packed_attention import PackedAttention
 
-RESULTS = Path(__file__).parent / "results/prefix_sharing-cpu.json"
+from .study_page import fill
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results/prefix_sharing-cpu.json"
+PAGE = ROOT / "docs/long-context.md"
 SEQUENCE, PAIRS, VOCAB = 512, 4, 8000
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95)
 LAYOUTS = ("padded", "packed", "shared")
@@ -124,13 +129,32 @@ def line(entry: dict[str, Any]) -> str:
     return f"prompt {entry['prompt_share']:.0%}: {', '.join(parts)}"
 
 
+def table(document: dict[str, Any]) -> str:
+    """By share of the prompt: tokens of each layout, and its time over the padded one's."""
+    rows = [
+        "| prompt's share | tokens padded | tokens shared | time packed / padded | time shared / padded |",
+        "|---" * 5 + "|",
+    ]
+    for entry in document["shares"]:
+        tokens, ratio = entry["tokens"], entry["ratio"]
+        rows.append(
+            f"| {entry['prompt_share']:.0%} | {tokens['padded']} | {tokens['shared']} "
+            f"| {ratio['packed']:.2f} | {ratio['shared']:.2f} |"
+        )
+    return "\n".join(rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--report", action="store_true", help="fill the page's table from it")
     arguments = parser.parse_args(argv)
+    if arguments.report:
+        fill(PAGE, {"sharing": table(json.loads(arguments.out.read_text("utf-8")))})
+        return
     document = {
         "fastpo": fastpo.__version__,
         "torch": torch.__version__,

@@ -39,13 +39,21 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes/loops"
 RESULTS = ROOT / "benchmarks/results/selfplay_study.json"
 PAGE, PLOT = ROOT / "docs/selfplay-study.md", ROOT / "docs/selfplay_study.png"
-METHODS = {"spin": "SPIN", "dnpo": "DNPO", "synpo": "SynPO", "dpo": "best/worst of 5, DPO"}
+METHODS = {
+    "spin": "SPIN",
+    "dnpo": "DNPO",
+    "synpo": "SynPO",
+    "synpo-plain": "SynPO, SimPO alone",
+    "dpo": "best/worst of 5, DPO",
+}
 _START = "loop-start/"  # where the recipes look for what the demo prepares
 
 
 def recipe(method: str) -> LoopConfig:
-    """The CPU recipe of a method."""
-    return load_config(LoopConfig, RECIPES / f"cpu-{method}.yaml", [], "iterate")
+    """The CPU recipe of a method; ``synpo-plain`` is SynPO's without the SFT term."""
+    name, _, plain = method.partition("-")
+    overrides = ["--train.sft_weight", "0"] if plain else []
+    return load_config(LoopConfig, RECIPES / f"cpu-{name}.yaml", overrides, "iterate")
 
 
 def placed(config: LoopConfig, start: Path, output: Path, seed: int) -> LoopConfig:
@@ -164,11 +172,12 @@ def differences_table(document: dict[str, Any]) -> str:
     rows = ["| at the end | points: mean (seeds) |", "|---|---|"]
     for a, b in (
         ("dnpo", "spin"),
-        ("dpo", "spin"),
         ("dpo", "dnpo"),
-        ("synpo", "spin"),
         ("synpo", "dpo"),
+        ("synpo", "synpo-plain"),
     ):
+        if not (runs_of(document, a) and runs_of(document, b)):
+            continue
         pairs = zip(runs_of(document, a), runs_of(document, b), strict=True)
         points = [100 * (x["accuracy"][-1] - y["accuracy"][-1]) for x, y in pairs]
         row = f"| {METHODS[a]} − {METHODS[b]} | {_spread(points, '+')} |"
@@ -217,7 +226,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    colors = ("#2a6fbb", "#d9772b", "#3a8f5c", "#6b7280")
+    colors = ("#2a6fbb", "#d9772b", "#3a8f5c", "#9bc9ad", "#6b7280")
     for (method, name), color in zip(METHODS.items(), colors, strict=True):
         curves = [[100 * v for v in run["accuracy"]] for run in runs_of(document, method)]
         if not curves:
