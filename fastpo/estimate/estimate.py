@@ -86,6 +86,14 @@ def estimate(config: EstimateConfig) -> Estimate:
 
 def _notes(config: EstimateConfig) -> list[str]:
     notes = []
+    packed = [
+        n for n in ("padding_free", "prefix_sharing", "tokens_per_batch") if getattr(config, n)
+    ]
+    if packed:
+        notes.append(
+            f"{', '.join(packed)}: not counted, the micro-step is per_device_train_batch_size pairs padded to "
+            "max_length"
+        )
     if config.use_liger_kernel:
         notes.append("use_liger_kernel: counted without Liger's layers, which hold less")
     if config.torch_compile:

@@ -262,6 +262,9 @@ def test_json(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -
     assert said["fits"] is True
     assert said["device_memory"] == 16 * 2**30
     assert said["notes"] == ["sharded parts are computed from one device's, not measured"]
+    assert command("--json", "--prefix_sharing", "--tokens_per_batch", "4096") == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert note.startswith("prefix_sharing, tokens_per_batch: not counted")
     assert command("--json") == 0
     alone = json.loads(capsys.readouterr().out)
     if not torch.cuda.is_available():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastpo
 from benchmarks.memory import MIB, draw, eager_step, fastpo_step, peak_extra_bytes
 from fastpo.kernels import chunking
 
@@ -59,3 +60,17 @@ def test_tile_plan_stays_within_its_budget(seed: int) -> None:
                     assert used <= chunking.budget_bytes(torch.device(device))
                     # and it is put to use: no confetti
                     assert rows * cols >= min(n, 128) * min(vocab, 128)
+
+
+@pytest.mark.slow
+def test_two_answers_of_16k_tokens_over_150k_entries(seed: int) -> None:
+    """The layer's peak beyond inputs and gradients; its logits and their gradient would be 40 GB."""
+    hidden, weight, labels = draw(2 * 16_384, 151_936, 64)
+    loss = fastpo.PreferenceLoss("simpo", beta=2.0, backward="certified")
+
+    def step() -> list[torch.Tensor]:
+        hidden.grad = weight.grad = None
+        loss(hidden.view(2, 16_384, 64), weight, labels.view(2, 16_384)).loss.backward()
+        return [hidden.grad, weight.grad]
+
+    assert 8 * MIB < peak_extra_bytes(step) <= 200e6
