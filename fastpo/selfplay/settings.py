@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 Settings = TypeVar("Settings")
@@ -33,13 +33,7 @@ def from_mapping(
     taken = {}
     for key, value in (values or {}).items():
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.6)
-            hint = (
-                f", did you mean {close[0]!r}?"
-                if close
-                else f"; expected some of {', '.join(fields)}"
-            )
-            raise ValueError(f"{name}: unknown field {key!r}{hint}")
+            raise ValueError(f"{name}: {unknown_field(key, fields, ', '.join(fields))}")
         taken[key] = _of_type(value, hints[key], f"{name}.{key}")
     missing = [
         key
@@ -51,6 +45,13 @@ def from_mapping(
     if missing:
         raise ValueError(f"{name}: no {missing[0]!r}")
     return settings_class(**taken)
+
+
+def unknown_field(key: Any, fields: Iterable[str], expected: str) -> str:
+    """What to say of a field that there is not: the one that was probably meant, or what is expected."""
+    close = difflib.get_close_matches(str(key), [*fields], n=1, cutoff=0.6)
+    hint = f", did you mean {close[0]!r}?" if close else f"; expected some of {expected}"
+    return f"unknown field {key!r}{hint}"
 
 
 def _of_type(value: Any, hint: Any, name: str) -> Any:
