@@ -33,8 +33,7 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
 def remove_leftovers(path: Path) -> None:
     """Remove what processes that were killed left of their work on ``path``, temporary files beside it.
 
-    Whoever calls this holds the lock under which ``path`` is written: a temporary file of a process at work would
-    be taken from it.
+    Whoever calls this holds the lock under which ``path`` is written, or takes the file from a process at work.
     """
     temporary = re.compile(rf"\.{{1,2}}{re.escape(path.name)}\.\d+\.(tmp|jsonl|jsonl\.\d+\.tmp)")
     if path.parent.is_dir():

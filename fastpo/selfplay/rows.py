@@ -136,7 +136,7 @@ def row_line(where: str, row: Row) -> bytes:
 
 
 def _write_parquet(path: Path, rows: Iterable[Row]) -> int:
-    """In two passes, the first over JSONL beside the file: columns may be null, or lacking, in the first rows."""
+    """In two passes, the first over JSONL beside the file: columns may be null or lacking in first rows."""
     lines = path.with_name(f".{path.name}.{os.getpid()}.jsonl")
     try:
         count = write_rows(lines, rows)

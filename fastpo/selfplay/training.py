@@ -112,8 +112,8 @@ def train_stage(
     Raises:
         ChildProcessError: the launched command failed; its last words are above.
         FloatingPointError: training stopped at a loss that is not finite.
-        ValueError: another directory is in the way; a process, or a command that it launched, is still at work on
-            it; or what the trainers raise.
+        ValueError: another directory is in the way; a process, or a command that one launched, is still at work
+            on it; or what the trainers raise.
     """
     settings = typed_settings(kind, settings)
     identity = Identity(
@@ -193,9 +193,7 @@ def _save_manifest(
 
 
 def _claim(partial: Path, identity: dict[str, Any], inputs: Mapping[str, Path]) -> None:
-    """Make ``partial`` ready: refuse another run's in which something was trained, drop a final save that was cut
-    short.
-    """
+    """Make ``partial`` ready: refuse another run's that has trained, drop a final save that was cut short."""
     file = partial / IDENTITY_FILE
     remove_leftovers(file)
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else identity
@@ -225,8 +223,8 @@ def _run_here(kind: str, job: dict[str, Any]) -> None:
 def _launch(launcher: str, kind: str, job: dict[str, Any], partial: Path, held: IO[str]) -> None:
     """Train by a command that starts Python on several devices.
 
-    The lock goes to it as its standard input, the one file that launchers hand on to what they start: should this
-    process be killed, the output stays locked until the last of them has ended. Who reads it finds it empty.
+    The lock goes to it as its standard input, the one file that launchers hand on to what they start: should
+    this process be killed, the output stays locked until the last of them has ended. Read, it is empty.
     """
     file = partial / "job.yaml"
     file.write_text(

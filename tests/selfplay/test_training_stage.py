@@ -214,9 +214,8 @@ import sys
 from pathlib import Path
 from fastpo.selfplay.training import train_stage
 start, dataset, output, launcher = sys.argv[1:]
-train_stage(
-    "train", {"use_cpu": True}, start=start, dataset=Path(dataset), output=Path(output), seed=7, launcher=launcher
-)
+dataset, output = Path(dataset), Path(output)
+train_stage("train", {"use_cpu": True}, start=start, dataset=dataset, output=output, seed=7, launcher=launcher)
 """
 
 
@@ -226,10 +225,10 @@ def test_a_trainer_that_outlives_its_killed_parents_keeps_the_lock(
     model, pid_file, script = tmp_path / "model", tmp_path / "pid", tmp_path / "launcher.py"
     script.write_text(LAUNCHER)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = [str(checkpoint), str(dataset), str(model), f"python {script} {pid_file}"]
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(checkpoint), str(dataset), str(model), f"python {script} {pid_file}"],
-        env=environment, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-c", PARENT, *arguments], env=environment, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not (pid_file.is_file() and pid_file.read_text()):
         assert parent.poll() is None
