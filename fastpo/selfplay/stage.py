@@ -205,10 +205,9 @@ def _finish(
     if not quiet:
         print(f"{output}: {summary(counts, left_out)}", flush=True)
     if not counts["out"]:
-        if counts.get("in") == 0:
-            warnings.warn(f"{output}: holds no row, its input has none", stacklevel=1)
-        else:
-            warnings.warn(f"{output}: holds no row: {summary(counts, left_out)}", stacklevel=1)
+        words = summary(counts, left_out).removeprefix("0 rows")
+        why = ", its input has none" if counts.get("in") == 0 else words
+        warnings.warn(f"{output}: no row{why}", stacklevel=1)
     return manifest
 
 

@@ -212,4 +212,4 @@ def test_no_pair_at_all_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixtu
     told = capsys.readouterr()
     assert "0 rows of 1; left out: equal_answers 1" in told.out
     assert "fastpo pairs: warning: " in told.err
-    assert "holds no row" in told.err
+    assert "o.jsonl: no row of 1; left out: equal_answers 1" in told.err

@@ -262,13 +262,13 @@ def test_the_outcome_in_words() -> None:
 def test_an_output_without_rows_is_a_warning(rows: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    with pytest.warns(UserWarning, match=r"o\.jsonl: holds no row, its input has none"):
+    with pytest.warns(UserWarning, match=r"o\.jsonl: no row, its input has none"):
         run(empty, tmp_path / "o.jsonl", Worker())
 
     def drops(batches: Iterator[Batch], counts: Counter[str]) -> Iterator[Result]:
         yield from (Result(item.number, None, "bad") for batch in batches for item in batch.items)
 
-    with pytest.warns(UserWarning, match=r"holds no row: 0 rows of 37; left out: bad 37"):
+    with pytest.warns(UserWarning, match=r"no row of 37; left out: bad 37"):
         run_stage("mark", tmp_path / "p.jsonl", {"rows": rows}, {}, Work(drops), quiet=True)
 
 
