@@ -213,6 +213,8 @@ def test_the_command(prompts: Path, checkpoint: Path, capsys: pytest.CaptureFixt
     assert load_manifest(out).identity["settings"]["sampling"]["temperature"] == 0.1
     assert main([*arguments, "--seed", "4"]) == 2
     assert "settings.seed: 0 → 4" in capsys.readouterr().err
+    unset = [*arguments, "--engine.batch_size", "null"]  # the default, so the same stage
+    assert main(unset) == 0
     assert main(arguments[:5]) == 2
     assert "engine.model: got None" in capsys.readouterr().err
     assert main(["generate", "--output", "x.jsonl"]) == 2

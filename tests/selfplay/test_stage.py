@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
+import os
 import random
 import subprocess
 from collections import Counter
@@ -347,6 +349,25 @@ def test_a_lock_holds_while_a_child_has_it_and_a_removed_one_holds_nobody(tmp_pa
     path.unlink()
     lock(path, tmp_path).close()  # the name is free again
     held.close()
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lock"
+    real, calls = fcntl.flock, []
+
+    def removed_before(file: Any, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1:
+            path.unlink()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with lock(path, tmp_path) as held:
+        assert os.path.samestat(os.fstat(held.fileno()), path.stat())
+        with pytest.raises(ValueError, match="another process is at work"):
+            lock(path, tmp_path)
 
 
 def test_differences_in_words() -> None:
