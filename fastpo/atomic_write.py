@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,3 +28,15 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed left of their work on ``path``, temporary files beside it.
+
+    Whoever calls this holds the lock under which ``path`` is written, or takes the file from a process at work.
+    """
+    temporary = re.compile(rf"\.{{1,2}}{re.escape(path.name)}\.\d+\.(tmp|jsonl|jsonl\.\d+\.tmp)")
+    if path.parent.is_dir():
+        for file in path.parent.iterdir():
+            if temporary.fullmatch(file.name):
+                file.unlink(missing_ok=True)

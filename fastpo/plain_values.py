@@ -17,11 +17,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
-        return {
-            str(k): plain(v)
-            for k, v in value.items()
-            if not (isinstance(k, str) and CREDENTIAL.search(k))
-        }
+        return {str(k): plain(v) for k, v in value.items() if not is_credential(k)}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     if hasattr(value, "to_dict"):
@@ -29,6 +25,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def is_credential(name: Any) -> bool:
+    """Whether a field of that name holds a credential, by its name."""
+    return isinstance(name, str) and CREDENTIAL.search(name) is not None
 
 
 def without_logins(text: str) -> str:

@@ -291,6 +291,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_configured(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from fastpo.cli.configuration import help_text, load_config
+    from fastpo.config_folder import known_config_folder
 
     command = arguments.command
     class_name, function, help_line, further = _CONFIGURED[command]
@@ -299,7 +300,8 @@ def _run_configured(arguments: argparse.Namespace, overrides: list[str]) -> int:
         about = f"{help_line[0].upper()}{help_line[1:]}."
         print(help_text(config_class, command, about, further))
         return 0
-    _imported(function)(load_config(config_class, arguments.config, overrides, command))
+    with known_config_folder(arguments.config):
+        _imported(function)(load_config(config_class, arguments.config, overrides, command))
     return 0
 
 

@@ -21,7 +21,7 @@ from .engines import (
 )
 from .engines.base import Prompt
 from .manifest import Manifest
-from .rows import Row
+from .rows import Row, check_readable
 from .settings import from_mapping
 from .stage import Batch, Result, Work, run_stage, seed_of
 
@@ -74,6 +74,7 @@ def generate(config: GenerateConfig) -> Manifest:
         EngineError: no text could be made; finished rows are kept.
         FileNotFoundError, ImportError, TypeError, ValueError: files, packages or settings that cannot be used.
     """
+    check_readable(Path(config.prompts), "prompts")
     engine = engine_of(config)
     chat = is_chat(engine, config.chat)
 

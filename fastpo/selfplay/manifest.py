@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -108,15 +109,36 @@ def load_manifest(output: Path) -> Manifest | None:
         raise ValueError(f"{path}: not a manifest of fastpo: {error}") from error
 
 
-def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """``name: before → now`` of every setting in which two plain values differ."""
+def differences(
+    before: Any, now: Any, name: str = "", files: Mapping[str, Path] | None = None
+) -> list[str]:
+    """``name: before → now`` of every setting in which two plain values differ.
+
+    Of a SHA-256 only its change is told: ``the content of NAME changed``, with the file of an input.
+
+    Args:
+        before, now: plain values.
+        name: of both, in the result.
+        files: the inputs' paths by name, where the values are the identities of stages.
+    """
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         found = []
         for key in [*before, *(k for k in now if k not in before)]:
             inner = f"{name}.{key}" if name else str(key)
-            found += differences(before.get(key), now.get(key), inner)
+            found += differences(before.get(key), now.get(key), inner, files)
         return found
-    return [] if before == now else [f"{name}: {_short(before)} → {_short(now)}"]
+    if before == now:
+        return []
+    if _is_hash(before) and _is_hash(now):
+        of_input = name.removeprefix("inputs.")
+        place = f": {files[of_input]}" if files and of_input in files else ""
+        subject = of_input.removeprefix("settings.").removesuffix("sha256").rstrip("._")
+        return [f"the content of {subject} changed{place}"]
+    return [f"{name}: {_short(before)} → {_short(now)}"]
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _short(value: Any) -> str:

@@ -8,11 +8,13 @@
 | ``ordered`` | the first response | the second | SynPO, Dong et al., arXiv 2410.06961 |
 
 All but ``spin`` keep a pair only if its scores differ by more than ``threshold``; ``ordered`` in its own order.
+``spin`` writes down the scores of rows that have them. A pair keeps the other columns of its row.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +28,11 @@ from .rows import Row, check_readable, read_rows
 from .stage import Batch, Result, Work, run_stage, seed_of
 from .text_measures import repetition
 
+# Columns that a pair's own replace, or that say how its row was made or is to be read.
+OF_ANSWERS = (
+    "messages", "completion", "completion_score", "responses", "scores", "finish_reasons", "draft", "tools",
+    "chat_template_kwargs",
+)  # fmt: skip
 RULES = ("spin", "dsl", "best_worst", "ordered")
 
 
@@ -99,7 +106,7 @@ def make_pairs(config: PairsConfig) -> Manifest:
         FileNotFoundError, ValueError: files, rows or settings that cannot be used.
     """
     rows = Path(config.scored)
-    check_readable(rows)
+    check_readable(rows, "scored")
 
     def run(batches: Iterator[Batch], counts: Counter[str]) -> Iterator[Result]:
         last = _last_drawn(rows, config)
@@ -122,7 +129,7 @@ def make_pairs(config: PairsConfig) -> Manifest:
     }
     return run_stage(
         "pairs", Path(config.output), {"rows": rows}, settings, Work(run),
-        seed=config.seed, keep_columns=False,
+        seed=config.seed, leave_out=OF_ANSWERS,
     )  # fmt: skip
 
 
@@ -144,9 +151,11 @@ def pair_of(row: Mapping[str, Any], where: str, config: PairsConfig) -> Pair:
         raise NoPair("empty_answer")
     if pair.chosen.strip() == pair.rejected.strip():
         raise NoPair("equal_answers")
-    scored = pair.chosen_score is not None and pair.rejected_score is not None
-    if scored and not pair.chosen_score - pair.rejected_score > config.threshold:  # type: ignore[operator]
-        raise NoPair("small_gap")
+    if config.rule != "spin":
+        assert pair.chosen_score is not None
+        assert pair.rejected_score is not None
+        if not pair.chosen_score - pair.rejected_score > config.threshold:
+            raise NoPair("small_gap")
     if config.max_repetition < 1 and (
         max(repetition(pair.chosen), repetition(pair.rejected)) > config.max_repetition
     ):
@@ -166,25 +175,58 @@ def pair_columns(prompt: Prompt, pair: Pair) -> Row:
     }
 
 
+def response_scores(row: Mapping[str, Any], where: str, count: int) -> list[float]:
+    """The scores of a row's ``count`` responses, finite numbers.
+
+    Raises:
+        ValueError: none, not as many, or one that is no finite number.
+    """
+    return [
+        _finite(score, where, f"score of response {k} (from 0)")
+        for k, score in enumerate(read_scores(row, where, count))
+    ]
+
+
+def completion_score(row: Mapping[str, Any], where: str) -> float:
+    """The score of a row's given answer, a finite number.
+
+    Raises:
+        ValueError: none, or no finite number.
+    """
+    if row.get("completion_score") is None:
+        raise ValueError(
+            f"{where}: no 'completion_score', expected one, as fastpo score writes it with completion set"
+        )
+    return _finite(row["completion_score"], where, "completion_score")
+
+
+def _finite(value: Any, where: str, name: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise ValueError(f"{where}: {name} is {value!r:.60}, expected a finite number")
+    return value
+
+
 def _spin(row: Mapping[str, Any], where: str, responses: list[str]) -> Pair:
-    return Pair(read_completion(row, where), responses[0], None, None, "completion")
+    given_score = made_score = None
+    if row.get("completion_score") is not None and row.get("scores") is not None:
+        given_score = completion_score(row, where)
+        made_score = response_scores(row, where, len(responses))[0]
+    given = read_completion(row, where)
+    return Pair(given, responses[0], given_score, made_score, "completion")
 
 
 def _dsl(row: Mapping[str, Any], where: str, responses: list[str]) -> Pair:
     given, made = read_completion(row, where), responses[0]
-    made_score = read_scores(row, where, len(responses))[0]
-    given_score = row.get("completion_score")
-    if not isinstance(given_score, int | float):
-        raise ValueError(
-            f"{where}: no 'completion_score', expected one: score with completion set for rule 'dsl'"
-        )
+    made_score = response_scores(row, where, len(responses))[0]
+    given_score = completion_score(row, where)
     if made_score > given_score:
         return Pair(made, given, made_score, given_score, "response 0")
     return Pair(given, made, given_score, made_score, "completion")
 
 
 def _best_worst(row: Mapping[str, Any], where: str, responses: list[str]) -> Pair:
-    scores = read_scores(row, where, len(responses))
+    scores = response_scores(row, where, len(responses))
     order = sorted(
         range(len(scores)), key=scores.__getitem__
     )  # of equal scores the first comes first
@@ -193,7 +235,7 @@ def _best_worst(row: Mapping[str, Any], where: str, responses: list[str]) -> Pai
 
 
 def _ordered(row: Mapping[str, Any], where: str, responses: list[str]) -> Pair:
-    scores = read_scores(row, where, len(responses))
+    scores = response_scores(row, where, len(responses))
     return Pair(responses[0], responses[1], scores[0], scores[1], "response 0")
 
 

@@ -44,14 +44,24 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
         yield where, row
 
 
-def check_readable(path: Path) -> None:
-    """Raise where ``path`` is no file that :func:`read_rows` takes."""
+def check_readable(path: Path, field: str | None = None) -> None:
+    """Raise where ``path`` is no file that :func:`read_rows` takes.
+
+    Args:
+        path: of the file.
+        field: the setting that names it, for messages.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another ending.
+    """
+    of_field = "" if field is None else f"{field}: "
     if path.suffix not in SUFFIXES:
         raise ValueError(
-            f"{path}: expected a file that ends in {', '.join(SUFFIXES)}, got {path.suffix!r}"
+            f"{of_field}{path}: expected a file that ends in {', '.join(SUFFIXES)}, got {path.suffix!r}"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}")
+        raise FileNotFoundError(f"{of_field}no file {str(path)!r}")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -83,7 +93,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> int:
     count = 0
     with replaced(path) as file:
         for row in rows:
-            file.write(json_line(row))
+            file.write(row_line(f"{path}, row {count} (from 0)", row))
             count += 1
     return count
 
@@ -101,15 +111,39 @@ def json_line(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
+def row_line(where: str, row: Row) -> bytes:
+    """A row as one line of UTF-8 JSON.
+
+    Args:
+        where: names the row.
+        row: its columns.
+
+    Raises:
+        ValueError: a column that JSON cannot hold (times, bytes, NaN, …); row and column are named.
+    """
+    try:
+        return json_line(row)
+    except (TypeError, ValueError):
+        for name, value in row.items():
+            try:
+                json_line(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{where}: column {name!r} holds {value!r:.60} ({type(value).__name__}), expected text, a "
+                    "finite number, true, false, null, or lists and mappings of them; convert or drop it"
+                ) from error
+        raise
+
+
 def _write_parquet(path: Path, rows: Iterable[Row]) -> int:
-    """In two passes, the first over JSONL beside the file: columns may be null in the first rows."""
+    """In two passes, the first over JSONL beside the file: columns may be null or lacking in first rows."""
     lines = path.with_name(f".{path.name}.{os.getpid()}.jsonl")
     try:
         count = write_rows(lines, rows)
         schema = pa.schema([])
         try:
             for chunk in _chunks(lines):
-                found = pa.Table.from_pylist(chunk).schema
+                found = _table(chunk).schema
                 schema = pa.unify_schemas([schema, found], promote_options="permissive")
             with replaced(path) as file, pq.ParquetWriter(file, schema) as writer:
                 for chunk in _chunks(lines):
@@ -121,6 +155,12 @@ def _write_parquet(path: Path, rows: Iterable[Row]) -> int:
         return count
     finally:
         lines.unlink(missing_ok=True)
+
+
+def _table(rows: list[Row]) -> Any:
+    """With the columns of all rows, where ``Table.from_pylist`` takes those of the first."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: [row.get(name) for row in rows] for name in names})
 
 
 def _chunks(path: Path) -> Iterator[list[Row]]:

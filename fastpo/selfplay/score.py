@@ -10,6 +10,7 @@ from typing import Any
 
 from .conversation import read_completion, read_prompt, read_responses
 from .manifest import Manifest
+from .rows import check_readable
 from .scorers import Candidates, Scorer, ScorerSettings, make_scorer
 from .settings import from_mapping
 from .stage import Batch, Result, Work, run_stage, seed_of
@@ -52,6 +53,7 @@ def score(config: ScoreConfig) -> Manifest:
     """
     if not isinstance(config.scorer, dict):
         raise ValueError(f"scorer: got {config.scorer!r}, expected a mapping with its kind")
+    check_readable(Path(config.responses), "responses")
     scorer = make_scorer(from_mapping(ScorerSettings, config.scorer, "scorer"))
     return score_rows(
         Path(config.responses), Path(config.output), scorer, config.completion, config.seed

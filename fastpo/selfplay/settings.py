@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 Settings = TypeVar("Settings")
@@ -19,7 +19,7 @@ def from_mapping(
 
     Args:
         settings_class: the dataclass.
-        values: by field; None: all defaults.
+        values: by field; None: all defaults. A field that is None has its default too.
         name: of the mapping, in messages.
 
     Raises:
@@ -33,13 +33,9 @@ def from_mapping(
     taken = {}
     for key, value in (values or {}).items():
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.6)
-            hint = (
-                f", did you mean {close[0]!r}?"
-                if close
-                else f"; expected some of {', '.join(fields)}"
-            )
-            raise ValueError(f"{name}: unknown field {key!r}{hint}")
+            raise ValueError(f"{name}: {unknown_field(key, fields, ', '.join(fields))}")
+        if value is None and types.NoneType not in _kinds(hints[key]):
+            continue  # null unsets a field
         taken[key] = _of_type(value, hints[key], f"{name}.{key}")
     missing = [
         key
@@ -53,10 +49,16 @@ def from_mapping(
     return settings_class(**taken)
 
 
+def unknown_field(key: Any, fields: Iterable[str], expected: str) -> str:
+    """What to say of a field that there is not: the one that was probably meant, or what is expected."""
+    close = difflib.get_close_matches(str(key), [*fields], n=1, cutoff=0.6)
+    hint = f", did you mean {close[0]!r}?" if close else f"; expected some of {expected}"
+    return f"unknown field {key!r}{hint}"
+
+
 def _of_type(value: Any, hint: Any, name: str) -> Any:
     """``value`` if the hint allows it; a number in text, as YAML reads 1e-6, becomes one."""
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kinds = [typing.get_origin(choice) or choice for choice in choices]
+    kinds = _kinds(hint)
     if value is None and types.NoneType in kinds:
         return None
     if isinstance(value, bool):
@@ -84,3 +86,9 @@ def _of_type(value: Any, hint: Any, name: str) -> Any:
         return value
     expected = " or ".join("null" if k is types.NoneType else k.__name__ for k in kinds)
     raise TypeError(f"{name}: got {value!r}, expected {expected}")
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The classes that a hint allows."""
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return [typing.get_origin(choice) or choice for choice in choices]

@@ -10,6 +10,7 @@ Dong et al., *Self-Boosting Large Language Models with Synthetic Preference Data
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,12 +24,12 @@ from .conversation import (
     read_completion,
     read_prompt,
     read_responses,
-    read_scores,
 )
 from .engines import Completion, Prompt
 from .generate import engine_of, generate_rows, is_chat, response_columns, sampling_of
 from .keywords import Keywords, paragraph_keywords, paragraphs, seed_keywords
 from .manifest import Manifest, sha256
+from .pairs import completion_score, response_scores
 from .prompt_templates import (
     GENERATOR_TEMPLATE,
     IMPROVER_TEMPLATE,
@@ -38,7 +39,7 @@ from .prompt_templates import (
     load_template,
     parse_generated,
 )
-from .rows import Row, draw_rows, read_rows
+from .rows import Row, check_readable, draw_rows, read_rows
 from .stage import seed_of, write_stage
 from .text_measures import Seen
 
@@ -94,6 +95,9 @@ def make_prompts(config: PromptsConfig) -> Manifest:
         EngineError: no text could be made; finished rows are kept.
         FileNotFoundError, ValueError: files or settings that cannot be used; no paragraph with enough keywords.
     """
+    known = [Path(name) for name in config.known_prompts]
+    for path in known:
+        check_readable(path, "known_prompts")
     output = Path(config.output)
     lists = output.with_name(f"{output.stem}.keywords.jsonl")
     keyword_lists(config, lists)
@@ -113,8 +117,6 @@ def make_prompts(config: PromptsConfig) -> Manifest:
         "prompts", lists, generated, engine, sampling_of(config), prompt_of, columns,
         settings={"chat": chat, "template": template.text}, seed=config.seed,
     )  # fmt: skip
-
-    known = [Path(name) for name in config.known_prompts]
 
     def make(counts: Counter[str]) -> Iterator[Row]:
         seen = Seen()
@@ -140,6 +142,9 @@ def keyword_lists(config: PromptsConfig, output: Path) -> Manifest:
     """``config.count`` keyword lists from as many paragraphs drawn from the corpus.
 
     A paragraph with fewer than three usable keywords makes none, and is counted.
+
+    Warns:
+        UserWarning: the corpus has fewer such paragraphs.
 
     Raises:
         FileNotFoundError, ValueError: a corpus that cannot be read or is empty, or that gives no list at all.
@@ -172,6 +177,12 @@ def keyword_lists(config: PromptsConfig, output: Path) -> Manifest:
                 f"corpus: {corpus} has no paragraph with {KEYWORDS} usable keywords (of {counts['in']})"
             )
         counts["not_drawn"] = max(0, total - config.count)
+        if total < config.count:
+            warnings.warn(
+                f"{output}: {total} keyword lists of {config.count} asked for: {corpus} has no more paragraphs "
+                f"with {KEYWORDS} keywords",
+                stacklevel=1,
+            )
         return rows
 
     settings = {"count": config.count, "seed": config.seed, "stopwords": _hash(config.stopwords)}
@@ -227,7 +238,7 @@ def improver_examples(
         for where, row in read_rows(scored):
             counts["in"] += 1
             draft, given = read_responses(row, where)[0], read_completion(row, where)
-            if not row["completion_score"] - read_scores(row, where, 1)[0] > threshold:
+            if not completion_score(row, where) - response_scores(row, where, 1)[0] > threshold:
                 counts["small_gap"] += 1
                 continue
             kept += 1
@@ -274,6 +285,7 @@ def improve(config: ImproveConfig) -> Manifest:
         EngineError: no text could be made; finished rows are kept.
         FileNotFoundError, ValueError: files or settings that cannot be used.
     """
+    check_readable(Path(config.responses), "responses")
     engine = engine_of(config)
     chat = is_chat(engine, config.chat)
     template = load_template(config.template, IMPROVER_TEMPLATE)

@@ -2,10 +2,13 @@
 
 Training runs in ``model.partial/``, from the newest complete checkpoint there if there is one, and the
 directory becomes ``model/`` when it is done, without its checkpoints; an adapter is merged into its base first.
+While anything trains there ``model.lock`` is held, also by a launched command that outlived the process that
+started it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -17,17 +20,18 @@ import time
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
-from fastpo.atomic_write import write_atomically
-from fastpo.plain_values import plain
+from fastpo.atomic_write import remove_leftovers, write_atomically
+from fastpo.plain_values import is_credential, plain
 from fastpo.trainer import PreferenceConfig, SFTConfig, fine_tune, train
 from fastpo.trainer.checkpoint import checkpoints, incompleteness, model_files
 
+from .journal import lock, partial_of, refuse_other
 from .manifest import Identity, Manifest, load_manifest, manifest_path, model_revision, sha256
-from .stage import lock, refuse_other
+from .settings import unknown_field
 
 IDENTITY_FILE = "stage_identity.json"
 # What the stage itself says.
@@ -62,7 +66,16 @@ def check_training_settings(kind: str, settings: Mapping[str, Any] | None, name:
     taken = sorted(set(settings or ()) & set(TAKEN))
     if taken:
         raise ValueError(f"{name}.{taken[0]}: the loop sets it; expected other fields")
-    config_class = _JOBS[kind][0]
+    config_class, _, command = _JOBS[kind]
+    fields = [f.name for f in dataclasses.fields(config_class) if f.init]
+    for field in settings or ():
+        if field not in fields:
+            raise ValueError(f"{name}: {unknown_field(field, fields, f'fastpo {command} --help')}")
+        if is_credential(field):
+            raise ValueError(
+                f"{name}.{field}: a credential, which would not reach a launched command: settings go there "
+                "through a file; expected it in the environment variable HF_TOKEN"
+            )
     try:
         config_class(
             **typed_settings(kind, settings),
@@ -71,8 +84,7 @@ def check_training_settings(kind: str, settings: Mapping[str, Any] | None, name:
             output_dir="out",
         )
     except (TypeError, ValueError) as error:
-        message = str(error).replace(f"{config_class.__name__}.__init__() got an ", "")
-        raise type(error)(f"{name}: {message}") from error
+        raise type(error)(f"{name}: {error}") from error
 
 
 def train_stage(
@@ -100,7 +112,8 @@ def train_stage(
     Raises:
         ChildProcessError: the launched command failed; its last words are above.
         FloatingPointError: training stopped at a loss that is not finite.
-        ValueError: another directory is in the way, or what the trainers raise.
+        ValueError: another directory is in the way; a process, or a command that one launched, is still at work
+            on it; or what the trainers raise.
     """
     settings = typed_settings(kind, settings)
     identity = Identity(
@@ -108,16 +121,18 @@ def train_stage(
         {"dataset": sha256(dataset)},
         {**plain(settings), "start": model_revision(start), "seed": seed},
     ).to_dict()
-    found = _finished(output, identity)
+    inputs = {"dataset": dataset}
+    found = _finished(output, identity, inputs)
     if found is not None:
         print(f"{output}: up to date", flush=True)
         return found
     began = time.monotonic()
-    partial = output.with_name(output.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(output)
     held = lock(output.with_name(output.name + ".lock"), output)
     try:
-        _claim(partial, identity)
+        remove_leftovers(manifest_path(output))
+        partial.mkdir(exist_ok=True)
+        _claim(partial, identity, inputs)
         job = {
             **settings,
             "model_name_or_path": start,
@@ -130,7 +145,7 @@ def train_stage(
         if launcher is None:
             _run_here(kind, job)
         else:
-            _launch(launcher, kind, job, partial)
+            _launch(launcher, kind, job, partial, held)
         if settings.get("peft") is not None:
             _merge_adapter(partial, start, settings)
         for checkpoint in checkpoints(partial):
@@ -138,14 +153,17 @@ def train_stage(
         os.replace(partial, output)
         return _save_manifest(output, identity, dataset, time.monotonic() - began)
     finally:
-        held.close()
         Path(held.name).unlink(missing_ok=True)
+        held.close()
 
 
-def _finished(output: Path, identity: dict[str, Any]) -> Manifest | None:
+def _finished(
+    output: Path, identity: dict[str, Any], inputs: Mapping[str, Path]
+) -> Manifest | None:
+    remedy = f"another directory (or delete it and {manifest_path(output).name} to train it again)"
     manifest = load_manifest(output)
     if manifest is not None:
-        refuse_other(output, manifest.identity, identity)
+        refuse_other(output, manifest.identity, identity, inputs, remedy)
         if not output.is_dir() or model_revision(str(output))["sha256"] != manifest.output_sha256:
             raise ValueError(
                 f"output: {output} was changed since it was trained; delete it and {manifest_path(output)} to "
@@ -158,7 +176,8 @@ def _finished(output: Path, identity: dict[str, Any]) -> Manifest | None:
             raise ValueError(
                 f"output: {output} exists, and no loop made it; expected a new directory"
             )
-        refuse_other(output, json.loads(file.read_text(encoding="utf-8")), identity)
+        before = json.loads(file.read_text(encoding="utf-8"))
+        refuse_other(output, before, identity, inputs, remedy)
         return _save_manifest(output, identity, None, 0.0)
     return None
 
@@ -173,12 +192,15 @@ def _save_manifest(
     return manifest
 
 
-def _claim(partial: Path, identity: dict[str, Any]) -> None:
-    """Make ``partial`` ready: refuse another run's, drop a final save that was cut short."""
+def _claim(partial: Path, identity: dict[str, Any], inputs: Mapping[str, Path]) -> None:
+    """Make ``partial`` ready: refuse another run's that has trained, drop a final save that was cut short."""
     file = partial / IDENTITY_FILE
-    if file.is_file():
-        refuse_other(partial, json.loads(file.read_text(encoding="utf-8")), identity)
-    else:
+    remove_leftovers(file)
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else identity
+    if checkpoints(partial) or model_files(partial):
+        remedy = f"another directory (or delete the directory {partial} to begin anew)"
+        refuse_other(partial, before, identity, inputs, remedy)
+    if before != identity or not file.is_file():
         write_atomically(file, json.dumps(identity).encode())
     if model_files(partial) and all(incompleteness(c) for c in checkpoints(partial)):
         for path in partial.iterdir():
@@ -198,14 +220,19 @@ def _run_here(kind: str, job: dict[str, Any]) -> None:
         torch.cuda.empty_cache()
 
 
-def _launch(launcher: str, kind: str, job: dict[str, Any], partial: Path) -> None:
+def _launch(launcher: str, kind: str, job: dict[str, Any], partial: Path, held: IO[str]) -> None:
+    """Train by a command that starts Python on several devices.
+
+    The lock goes to it as its standard input, the one file that launchers hand on to what they start: should
+    this process be killed, the output stays locked until the last of them has ended. Read, it is empty.
+    """
     file = partial / "job.yaml"
     file.write_text(
         yaml.safe_dump(plain(job), sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
     words = [sys.executable if word == "python" else word for word in shlex.split(launcher)]
     command = [*words, "-m", "fastpo.cli", _JOBS[kind][2], "--config", str(file)]
-    status = subprocess.run(command, check=False).returncode
+    status = subprocess.run(command, check=False, stdin=held).returncode
     if status:
         raise ChildProcessError(f"launcher: {shlex.join(command)} ended with status {status}")
 

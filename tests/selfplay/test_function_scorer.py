@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fastpo.config_folder import config_folder, known_config_folder
 from fastpo.selfplay.scorers import Candidates, ScorerError, ScorerSettings, make_scorer
 from fastpo.selfplay.scorers.checks import check_scores
 from fastpo.selfplay.scorers.function import FunctionScorer
@@ -78,7 +80,10 @@ def test_what_the_function_imports_later_is_found_and_shadows_nothing(
 
 
 def test_modules_and_functions_that_are_not_there(module: Callable[[str], str]) -> None:
-    with pytest.raises(ImportError, match=r"'nowhere' could not be imported: ModuleNotFoundError"):
+    with pytest.raises(
+        ImportError,
+        match=r"'nowhere' could not be imported: ModuleNotFoundError.*\(looked in /.* and among installed",
+    ):
         FunctionScorer("nowhere:score")
     name = module("import missing_dependency\n")
     with pytest.raises(ImportError, match=f"{name!r} could not be imported: .*missing_dependency"):
@@ -100,7 +105,7 @@ def test_another_form_is_refused(function: str) -> None:
 def test_an_error_in_the_function_names_row_and_response(module: Callable[[str], str]) -> None:
     name = module("def score(p, r, row):\n    return {'ab': 1}[r]\n")
     with pytest.raises(
-        ScorerError, match=f"line 4: {name}:score failed on response 2: KeyError: 'a'"
+        ScorerError, match=rf"line 4: {name}:score failed on response 1 \(from 0\): KeyError: 'a'"
     ) as caught:
         scored(FunctionScorer(f"{name}:score"))
     assert isinstance(caught.value.__cause__, KeyError)
@@ -125,14 +130,40 @@ def test_numbers_of_numpy_are_numbers(module: Callable[[str], str]) -> None:
 def test_nan_names_the_response(module: Callable[[str], str]) -> None:
     name = module("def score(p, r, row): return 1.0 if r == 'ab' else float('nan')\n")
     with pytest.raises(
-        ScorerError, match="line 4: score of response 2 is nan, expected a finite number"
+        ScorerError,
+        match=r"line 4: score of response 1 \(from 0\) is nan, expected a finite number",
     ):
         scored(FunctionScorer(f"{name}:score"))
 
 
 def test_check_scores() -> None:
     assert check_scores("row 1", [1, 2.5], 2) == [1.0, 2.5]
-    with pytest.raises(ScorerError, match="row 1: score of response 1 is -inf"):
+    with pytest.raises(ScorerError, match=r"row 1: score of response 0 \(from 0\) is -inf"):
         check_scores("row 1", [-math.inf, 0.0], 2)
     with pytest.raises(ScorerError, match="row 1: got 1 scores, expected 2"):
         check_scores("row 1", [0.0], 2)
+
+
+def test_the_configurations_folder_is_searched_after_the_current_directory(
+    module: Callable[[str], str], tmp_path: Path
+) -> None:
+    beside = tmp_path / "recipes"
+    beside.mkdir()
+    here = module("def score(p, r, row): return 1\n")
+    (beside / f"{here}.py").write_text("def score(p, r, row): return 2\n")
+    (beside / "only_beside.py").write_text("def score(p, r, row): return 3\n")
+    (beside / "wave.py").write_text("raise RuntimeError('not this one')\n")
+    with known_config_folder(beside / "score.yaml"):
+        assert scored(FunctionScorer(f"{here}:score"))[3] == [1, 1]
+        assert scored(FunctionScorer("only_beside:score"))[3] == [3, 3]
+        with pytest.raises(
+            ImportError, match=rf"looked in {tmp_path}, {beside} and among installed"
+        ):
+            FunctionScorer("nowhere:score")
+        sys.modules.pop("wave", None)
+        importlib.import_module("wave")  # the library's own
+        with known_config_folder(tmp_path / "iteration-1/written-by-fastpo.yaml"):
+            assert config_folder() == str(beside)  # as in a process that a command starts
+    assert config_folder() is None
+    with known_config_folder(None):
+        assert config_folder() is None

@@ -198,7 +198,7 @@ def test_another_model_or_template_is_another_stage(
         model.lm_head.weight[0, 0] += 1
     model.save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"settings\.engine\.model\.sha256: "):
+    with pytest.raises(ValueError, match=r"the content of engine\.model changed"):
         generate(config(prompts, tmp_path / "other", "out.jsonl"))
 
 
@@ -213,6 +213,8 @@ def test_the_command(prompts: Path, checkpoint: Path, capsys: pytest.CaptureFixt
     assert load_manifest(out).identity["settings"]["sampling"]["temperature"] == 0.1
     assert main([*arguments, "--seed", "4"]) == 2
     assert "settings.seed: 0 → 4" in capsys.readouterr().err
+    unset = [*arguments, "--engine.batch_size", "null"]  # the default, so the same stage
+    assert main(unset) == 0
     assert main(arguments[:5]) == 2
     assert "engine.model: got None" in capsys.readouterr().err
     assert main(["generate", "--output", "x.jsonl"]) == 2
@@ -229,6 +231,9 @@ def test_the_command(prompts: Path, checkpoint: Path, capsys: pytest.CaptureFixt
         ({"sampling": {"max_tokens": "many"}}, r"sampling\.max_tokens: got 'many', expected int"),
         ({"engine": {"kind": "gpt"}}, r"engine\.kind: got 'gpt', expected one of transformers, vllm, openai"),
         ({"engine": {"concurrency": 3}}, r"engine\.concurrency: has no effect with engine\.kind 'trans"),
+        ({"engine": {"kind": "vllm", "batch_size": 8}}, r"engine\.batch_size: .* 'vllm'; unset it \(null"),
+        ({"engine": {"options": {"hf_token": "s"}}}, r"engine\.options\.hf_token: .* variable HF_TOKEN"),
+        ({"engine": {"kind": "openai", "options": {"api_key": "s"}}}, r"variable OPENAI_API_KEY"),
         ({"engine": {"batch_size": 0}}, r"engine\.batch_size: got 0"),
         ({"engine": "fast"}, r"engine: got 'fast', expected a mapping"),
         ({"model": "/no/such/model"}, r"model: /no/such/model is not a directory"),
@@ -241,6 +246,20 @@ def test_mistakes_are_named(
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
         generate(config(prompts, checkpoint, "out.jsonl", **change))
     assert not list(prompts.parent.glob("out.jsonl*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nope.jsonl", r"^prompts: no file 'nope\.jsonl'"),
+        ("nope.csv", r"^prompts: nope\.csv: expected a file that ends in"),
+    ],
+)
+def test_a_prompts_file_that_cannot_be_names_its_field(
+    name: str, message: str, checkpoint: Path
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        generate(config(Path(name), checkpoint, "out.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -274,6 +293,10 @@ def test_settings_take_numbers_as_yaml_has_them() -> None:
         EngineSettings, {"kind": "openai", "timeout": "1e1", "model": "m"}, "engine"
     )
     assert settings.timeout == 10.0
+    unset = from_mapping(
+        EngineSettings, {"kind": "vllm", "batch_size": None, "dtype": None}, "engine"
+    )
+    assert (unset.batch_size, unset.dtype) == (16, "auto")
     with pytest.raises(TypeError, match=r"engine\.trust_remote_code: got 1, expected bool"):
         from_mapping(EngineSettings, {"trust_remote_code": 1}, "engine")
     with pytest.raises(ValueError, match=r"engine\.model: got None"):

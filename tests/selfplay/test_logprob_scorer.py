@@ -177,7 +177,7 @@ def test_a_score_that_is_not_finite_stops_the_run(checkpoint: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     model.save_pretrained(checkpoint)
-    with pytest.raises(ScorerError, match="row 0: score of response 1 is nan"):
+    with pytest.raises(ScorerError, match=r"row 0: score of response 0 \(from 0\) is nan"):
         scored(scorer_of(checkpoint), [[Candidates(0, "row 0", "p", ["y"], {})]])
 
 

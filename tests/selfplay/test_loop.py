@@ -502,7 +502,7 @@ def test_a_generator_that_makes_no_prompt_is_named(settings: Callable[..., Any])
         ("spin", {"sampling": {"n": 2}}, r"sampling\.n: got 2, expected 1 with method 'spin'"),
         ("spin", {"engine": {"kind": "openai"}}, r"engine\.kind: got 'openai', expected transformers or vllm"),
         ("spin", {"engine": {"model": "x"}}, r"engine\.model: the loop sets it"),
-        ("spin", {"train": {"learning_rte": 1}}, "train: unexpected keyword argument 'learning_rte'"),
+        ("spin", {"train": {"learning_rte": 1}}, "train: unknown field 'learning_rte', did you"),
         ("spin", {"train": {"dataset": "x"}}, r"train\.dataset: the loop sets it"),
         ("spin", {"train": {"beta": -1}}, "train: beta: got -1"),
         ("spin", {"corpus": "x.txt"}, "corpus: has no effect with method 'spin'"),
@@ -513,11 +513,11 @@ def test_a_generator_that_makes_no_prompt_is_named(settings: Callable[..., Any])
         ("spin", {"train_from": {2: {"beta": -1}}}, r"train_from\.2: beta: got -1"),
         ("spin", {"train_from": {2: 1e-7}}, r"train_from\.2: got 1e-07, expected a mapping"),
         ("dpo", {"search": {"beta": 0.1}}, r"search\.beta: got 0\.1, expected a list"),
-        ("dpo", {"search": {"gamma": [1]}}, r"search\.gamma: unexpected keyword argument 'gamma'"),
+        ("dpo", {"search": {"gamma": [1]}}, r"search\.gamma: unknown field 'gamma'"),
         ("dpo", {"held_out": 0, "search": {"beta": [1]}}, "search: needs a scorer and held_out > 0"),
         ("synpo", {"corpus": None}, "corpus: got None, expected one with method 'synpo'"),
         ("synpo", {"mix_iterations": 2}, "mix_iterations: has no effect with method 'synpo'"),
-        ("synpo", {"sft": {"lr": 1}}, "sft: unexpected keyword argument 'lr'"),
+        ("synpo", {"sft": {"lr": 1}}, "sft: unknown field 'lr'"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_settings_are_named(

@@ -128,6 +128,11 @@ def test_of_too_many_pairs_a_fair_share_is_drawn_and_the_same_every_time(tmp_pat
         ("dsl", {"prompt": "p", "completion": "c", "responses": ["a"], "scores": [1]}, "no 'completion_score'"),
         ("best_worst", {"prompt": "p", "responses": ["a"], "scores": [1]}, "needs 2 responses, the row has 1"),
         ("ordered", {"prompt": "p", "responses": ["a", "b"], "scores": [1]}, "'scores' must be 2 numbers"),
+        ("ordered", {"prompt": "p", "responses": ["a", "b"], "scores": [1, None]},
+         r"line 1: score of response 1 \(from 0\) is None, expected a finite number"),
+        ("best_worst", {"prompt": "p", "responses": ["a", "b"], "scores": ["1", 2]}, r"0 \(from 0\) is '1'"),
+        ("dsl", {"prompt": "p", "completion": "c", "responses": ["a"], "scores": [1], "completion_score": True},
+         "completion_score is True, expected a finite number"),
     ],
 )  # fmt: skip
 def test_rows_that_lack_something_are_named(
@@ -160,6 +165,51 @@ def test_the_command_says_what_became_of_the_rows(
     arguments = ["pairs", "--scored", str(scored), "--output", str(out), "--rule", "dsl"]
     assert main([*arguments, "--threshold", "0.25"]) == 0
     line = capsys.readouterr().out
-    assert "3 rows of 8" in line
-    assert "small_gap 3" in line
+    assert "3 rows of 8 (2 won by the model); left out: small_gap 3, " in line
     assert load_manifest(out).counts["out"] == 3
+
+
+def test_a_pair_keeps_the_other_columns_and_training_takes_no_notice(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "p"}]
+    row = {
+        "prompt": chat, "messages": [*chat, {"role": "assistant", "content": "c"}], "id": "x7", "n": 3,
+        "responses": ["a", "b"], "scores": [2.0, 1.0], "finish_reasons": ["stop", "stop"], "draft": "d",
+        "completion": "c", "completion_score": 1.5, "chosen": "of another stage", "keywords": ["k"],
+    }  # fmt: skip
+    rows = [row, {**row, "n": "three", "id": None}]
+    scored = write_jsonl(tmp_path / "s.jsonl", rows)
+    out = tmp_path / "o.jsonl"
+    make_pairs(PairsConfig(str(scored), str(out), "ordered"))
+    first, second = read_jsonl(out)
+    assert first == {
+        "prompt": chat, "id": "x7", "n": 3, "keywords": ["k"], "chosen_score": 2.0, "rejected_score": 1.0,
+        "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}], "chosen_source": "response 0",
+    }  # fmt: skip
+    assert (second["n"], second["id"]) == ("three", None)
+    loaded = load_preferences(out)
+    assert sorted(loaded.column_names) == ["chosen", "prompt", "rejected"]
+    assert len(loaded) == 2
+
+
+def test_spin_writes_scores_down_and_filters_by_none(tmp_path: Path) -> None:
+    scored_row = {
+        "prompt": "p", "completion": "c", "responses": ["r"], "scores": [0.9], "completion_score": 0.1,
+    }  # fmt: skip
+    plain_row = {"prompt": "q", "completion": "c", "responses": ["r"]}
+    scored = write_jsonl(tmp_path / "s.jsonl", [scored_row, plain_row])
+    make_pairs(PairsConfig(str(scored), str(tmp_path / "o.jsonl"), "spin"))
+    first, second = read_jsonl(tmp_path / "o.jsonl")
+    assert (first["chosen"], first["chosen_score"], first["rejected_score"]) == ("c", 0.1, 0.9)
+    assert (second["chosen_score"], second["rejected_score"]) == (None, None)
+
+
+def test_no_pair_at_all_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"prompt": "p", "responses": ["a", "a"], "scores": [1, 1]}
+    scored = write_jsonl(tmp_path / "s.jsonl", [row])
+    argv = ["pairs", "--scored", str(scored), "--output", str(tmp_path / "o.jsonl")]
+    assert main(argv) == 0
+    told = capsys.readouterr()
+    assert "0 rows of 1; left out: equal_answers 1" in told.out
+    assert "fastpo pairs: warning: " in told.err
+    assert "o.jsonl: no row of 1; left out: equal_answers 1" in told.err

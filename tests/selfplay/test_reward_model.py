@@ -275,7 +275,9 @@ def test_a_score_that_is_not_finite_stops_the_run(checkpoint: Checkpoint) -> Non
     with torch.no_grad():
         model.score.weight.fill_(float("nan"))
     model.save_pretrained(path)
-    with pytest.raises(ScorerError, match="row 0: score of response 1 is nan, expected a finite"):
+    with pytest.raises(
+        ScorerError, match=r"row 0: score of response 0 \(from 0\) is nan, expected a finite"
+    ):
         scored(RewardModel(str(path), device="cpu"), [conversations(1, 0)])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -54,7 +56,7 @@ def test_a_changed_function_is_another_stage(tmp_path: Path, module: str) -> Non
     config = ScoreConfig(str(made), str(tmp_path / "o.jsonl"), scorer)
     score(config)
     (tmp_path / f"{module}.py").write_text(FUNCTION + "\nx = 1\n")
-    with pytest.raises(ValueError, match=r"other inputs or settings \(settings\.scorer\.\w+: "):
+    with pytest.raises(ValueError, match=r"\(the content of scorer\.source changed\)"):
         score(config)
 
 
@@ -134,3 +136,36 @@ def test_a_row_without_responses_is_named(tmp_path: Path, module: str) -> None:
         (ValueError, ScorerError), match="line 2: 'responses' must be a list of texts"
     ):
         score(ScoreConfig(str(made), str(tmp_path / "o.jsonl"), scorer))
+
+
+def test_a_module_beside_the_configuration_is_found_from_elsewhere(
+    tmp_path: Path,
+    module: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "p", "responses": ["abc"]}])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = tmp_path / "score.yaml"
+    config.write_text(
+        f"responses: {made}\noutput: {tmp_path}/o.jsonl\n"
+        f"scorer: {{kind: callable, function: '{module}:length'}}\n"
+    )
+    assert main(["score", "--config", str(config)]) == 0
+    assert read_jsonl(tmp_path / "o.jsonl")[0]["scores"] == [3]
+    assert main(["score", "--config", str(config), "--responses", "nope.jsonl"]) == 2
+    assert "error: responses: no file 'nope.jsonl'" in capsys.readouterr().err
+
+
+def test_a_fault_that_was_removed_does_not_block_the_retry(tmp_path: Path, module: str) -> None:
+    made = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "p", "responses": ["bad"]}])
+    scorer = {"kind": "callable", "function": f"{module}:broken"}
+    config = ScoreConfig(str(made), str(tmp_path / "o.jsonl"), scorer)
+    with pytest.raises(ScorerError, match="is nan"):
+        score(config)
+    (tmp_path / f"{module}.py").write_text(FUNCTION.replace('float("nan")', "0.5"))
+    del sys.modules[module]
+    importlib.invalidate_caches()
+    score(config)
+    assert read_jsonl(tmp_path / "o.jsonl")[0]["scores"] == [0.5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,13 @@ from fastpo.cli import main
 from fastpo.selfplay import generate as generate_module
 from fastpo.selfplay.engines import Refused
 from fastpo.selfplay.manifest import load_manifest
-from fastpo.selfplay.synpo import generator_examples, improver_examples
+from fastpo.selfplay.synpo import (
+    PromptsConfig,
+    generator_examples,
+    improver_examples,
+    keyword_lists,
+    make_prompts,
+)
 
 SEEDS = {
     "Describe a quiet garden beside the river": "Green.",
@@ -125,7 +132,7 @@ def test_prompts_command(
     lists = load_manifest(tmp_path / "prompts.keywords.jsonl").counts
     assert (lists["in"], lists["out"], lists["few_keywords"]) == (4, 3, 1)
 
-    capsys.readouterr()
+    assert "3 keyword lists of 10 asked for" in capsys.readouterr().err
     corpus.write_text(f"lantern meadow{FILLER}\n")
     other = [a if a != str(output) else str(tmp_path / "other.jsonl") for a in argv]
     assert main(other) == 2
@@ -154,3 +161,57 @@ def test_improve_command(script: dict[str, Any], tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "improved.jsonl.manifest.json").read_text())
     assert manifest["counts"]["prompt_too_long"] == 1
     assert manifest["settings"]["template"] == "{question} / {draft}"
+
+
+WORDS = [
+    "lantern",
+    "meadow",
+    "harbour",
+    "cellar",
+    "orchard",
+    "thunder",
+    "copper",
+    "velvet",
+    "marble",
+    "saddle",
+]
+
+
+def lists(corpus: Path, output: Path, count: int, seed: int) -> list[list[str]]:
+    keyword_lists(PromptsConfig(str(corpus), str(output), count, seed=seed), output)
+    return [row["keywords"] for row in read_jsonl(output)]
+
+
+def test_every_paragraph_has_a_draw_of_its_own(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n\n".join([" ".join(WORDS) + FILLER] * 8))
+    first = lists(corpus, tmp_path / "first.jsonl", 8, 0)
+    assert len({tuple(keywords) for keywords in first}) > 4  # of 720
+    assert lists(corpus, tmp_path / "other.jsonl", 8, 1) != first
+
+
+def test_paragraphs_are_drawn_by_the_seed(tmp_path: Path) -> None:
+    """Of paragraphs that have three keywords each, which ones are drawn shows in the words alone."""
+    three = [sorted(words) for words in itertools.combinations(WORDS, 3)]
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n\n".join(" ".join(words) + FILLER for words in three))
+    drawn = []
+    for number, seed in enumerate((0, 0, 1, 2)):
+        made = lists(corpus, tmp_path / f"{number}.jsonl", 10, seed)
+        drawn.append([three.index(sorted(keywords)) for keywords in made])
+        assert drawn[-1] == sorted(drawn[-1])
+    assert drawn[0] == drawn[1]
+    assert len({tuple(numbers) for numbers in drawn}) == 3
+
+
+def test_a_file_that_was_not_scored_with_completion_is_named(tmp_path: Path) -> None:
+    row = {"prompt": "a", "completion": "A", "responses": ["x"], "scores": [0.1]}
+    scored = write_jsonl(tmp_path / "scored.jsonl", [row])
+    with pytest.raises(ValueError, match=r"scored\.jsonl, line 1: no 'completion_score'"):
+        improver_examples(scored, tmp_path / "o.jsonl", chat=False, threshold=0, template=None)
+
+
+def test_known_prompts_that_are_not_there_are_named(tmp_path: Path) -> None:
+    output = str(tmp_path / "p.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"known_prompts: no file 'nope\.jsonl'"):
+        make_prompts(PromptsConfig("c.txt", output, 1, known_prompts=["nope.jsonl"]))

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from selfplay_files import write_jsonl
+from selfplay_files import read_jsonl, write_jsonl
 
 from fastpo.selfplay import training
+from fastpo.selfplay.journal import lock
 from fastpo.selfplay.training import check_training_settings, train_stage
 
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS: dict[str, Any] = {
     "learning_rate": "1e-3", "per_device_train_batch_size": 4, "max_length": 64, "max_steps": 4, "beta": 0.3,
     "save_steps": 2, "logging_steps": 1, "disable_tqdm": True, "use_cpu": True,
@@ -61,6 +68,9 @@ def test_trained_once_without_checkpoints_left(
         run(checkpoint, dataset, model, settings={"beta": 0.5})
     with pytest.raises(ValueError, match=r"settings\.seed: 7 → 8"):
         run(checkpoint, dataset, model, seed=8)
+    more = write_jsonl(tmp_path / "more.jsonl", read_jsonl(dataset)[1:])
+    with pytest.raises(ValueError, match=r"the content of dataset changed: .*more\.jsonl"):
+        run(checkpoint, more, model)
     (model / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match="was changed since it was trained"):
         run(checkpoint, dataset, model)
@@ -139,8 +149,14 @@ def test_directories_of_others_are_left_alone(
         patch.setattr(training, "_run_here", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(checkpoint, dataset, other)
-    with pytest.raises(ValueError, match=r"other\.partial was made with other .*settings\.beta"):
-        run(checkpoint, dataset, other, settings={"beta": 0.9})
+        with pytest.raises(ZeroDivisionError):  # nothing was trained yet
+            run(checkpoint, dataset, other, settings={"beta": 0.8})
+        (tmp_path / "other.partial/checkpoint-2").mkdir()
+        with pytest.raises(
+            ValueError,
+            match=r"other\.partial was made with other .*settings\.beta: 0\.8 → 0\.9.* delete the directory",
+        ):
+            run(checkpoint, dataset, other, settings={"beta": 0.9})
 
 
 def test_examples_train_too_and_the_account_is_kept(checkpoint: Path, tmp_path: Path) -> None:
@@ -160,12 +176,72 @@ def test_examples_train_too_and_the_account_is_kept(checkpoint: Path, tmp_path: 
     ("kind", "settings", "message"),
     [
         ("train", {"output_dir": "x"}, r"train\.output_dir: the loop sets it"),
-        ("train", {"betta": 1}, "train: unexpected keyword argument 'betta'"),
+        ("train", {"betta": 1}, "train: unknown field 'betta', did you mean 'beta'?"),
         ("train", {"loss_type": "dop"}, "train: loss_type: got 'dop'"),
         ("train", {"learning_rate": "fast"}, "train: learning_rate: got 'fast', expected a num"),
-        ("sft", {"beta": 1}, "train: unexpected keyword argument 'beta'"),
+        ("sft", {"beta": 1}, r"train: unknown field 'beta'"),
+        ("sft", {"xyzzy": 1}, r"train: unknown field 'xyzzy'; expected some of fastpo sft --help"),
+        (
+            "train",
+            {"hub_token": "s"},
+            r"train\.hub_token: a credential.* environment variable HF_TOKEN",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_named(kind: str, settings: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         check_training_settings(kind, {**settings, "use_cpu": True}, "train")
+
+
+def test_two_processes_do_not_train_into_one_directory(
+    checkpoint: Path, dataset: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    with lock(tmp_path / "model.lock", model), pytest.raises(ValueError, match="another process"):
+        run(checkpoint, dataset, model)
+    assert not (tmp_path / "model.partial").exists()
+
+
+LAUNCHER = """
+import pathlib, subprocess, sys
+# As launchers do it: a child that gets no other files than the three standard ones, and outlives them.
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=True)
+pathlib.Path(sys.argv[1]).write_text(str(child.pid))
+child.wait()
+"""
+PARENT = """
+import sys
+from pathlib import Path
+from fastpo.selfplay.training import train_stage
+start, dataset, output, launcher = sys.argv[1:]
+dataset, output = Path(dataset), Path(output)
+train_stage("train", {"use_cpu": True}, start=start, dataset=dataset, output=output, seed=7, launcher=launcher)
+"""
+
+
+def test_a_trainer_that_outlives_its_killed_parents_keeps_the_lock(
+    checkpoint: Path, dataset: Path, tmp_path: Path
+) -> None:
+    model, pid_file, script = tmp_path / "model", tmp_path / "pid", tmp_path / "launcher.py"
+    script.write_text(LAUNCHER)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = [str(checkpoint), str(dataset), str(model), f"python {script} {pid_file}"]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, *arguments], env=environment, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not (pid_file.is_file() and pid_file.read_text()):
+        assert parent.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    trainer = int(pid_file.read_text())
+    try:
+        parent.kill()
+        parent.wait()
+        with pytest.raises(ValueError, match=r"another process is at work on .*model"):
+            run(checkpoint, dataset, model, settings={"max_steps": 1})
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)  # the launcher and the trainer
+    while Path(f"/proc/{trainer}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run(checkpoint, dataset, model, settings={"max_steps": 1})

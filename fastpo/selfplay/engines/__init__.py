@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastpo.plain_values import is_credential
+
 from .base import (
     Completion,
     Engine,
@@ -79,7 +81,16 @@ class EngineSettings:
         defaults = EngineSettings.__dataclass_fields__
         for name in _OF_OTHERS[self.kind]:
             if getattr(self, name) != defaults[name].default:
-                raise ValueError(f"engine.{name}: has no effect with engine.kind {self.kind!r}")
+                raise ValueError(
+                    f"engine.{name}: has no effect with engine.kind {self.kind!r}; unset it (null)"
+                )
+        for name in self.options:
+            if is_credential(name):
+                variable = self.api_key_env if self.kind == "openai" else "HF_TOKEN"
+                raise ValueError(
+                    f"engine.options.{name}: a credential, and settings are written to disk; expected it in "
+                    f"the environment variable {variable}"
+                )
 
 
 _LOCAL = ("dtype", "chat_template", "max_prompt_tokens", "trust_remote_code")

@@ -38,7 +38,7 @@ class ScorerSettings:
         temperature, max_tokens: judge: of its verdicts.
         retries: judge: how often an answer that holds no verdict is asked for again.
         function: callable: ``module:function``, called with (prompt, response, row) → a number. The module is
-            looked for beside the configuration too.
+            looked for in the current directory, beside the configuration file, and among installed packages.
     """
 
     kind: str = "reward_model"
@@ -64,7 +64,9 @@ class ScorerSettings:
         for name, f in ScorerSettings.__dataclass_fields__.items():
             default = f.default_factory() if callable(f.default_factory) else f.default
             if name not in allowed and getattr(self, name) != default:
-                raise ValueError(f"scorer.{name}: has no effect with scorer.kind {self.kind!r}")
+                raise ValueError(
+                    f"scorer.{name}: has no effect with scorer.kind {self.kind!r}; unset it (null)"
+                )
 
     @property
     def absolute(self) -> bool:

@@ -19,14 +19,14 @@ def check_scores(where: str, scores: Sequence[float], n: int) -> list[float]:
         where: names the row.
 
     Raises:
-        ScorerError: another number of scores, or one that is NaN or infinite; responses count from 1.
+        ScorerError: another number of scores, or one that is NaN or infinite; responses count from 0.
     """
     if len(scores) != n:
         raise ScorerError(f"{where}: got {len(scores)} scores, expected {n}, one for each response")
-    for k, score in enumerate(scores, start=1):
+    for k, score in enumerate(scores):
         if not math.isfinite(score):
             raise ScorerError(
-                f"{where}: score of response {k} is {score}, expected a finite number"
+                f"{where}: score of response {k} (from 0) is {score}, expected a finite number"
             )
     return [float(score) for score in scores]
 

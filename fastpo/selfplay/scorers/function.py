@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastpo.config_folder import config_folder
+
 from .base import Candidates, ScorerError
 from .checks import check_scores
 
@@ -20,7 +22,8 @@ class FunctionScorer:
     """Scores by a function, one response at a time, in this process.
 
     Args:
-        function: ``module:function``. The module is looked for in the current directory first.
+        function: ``module:function``. The module is looked for in the current directory, then in the folder of
+            the command's configuration file, then among installed packages.
 
     The function is called with the prompt (text, or a list of messages), the response and the row (all of its
     columns); what it returns is the score. True and False are the numbers 1 and 0. It should depend on its
@@ -66,29 +69,31 @@ class FunctionScorer:
             score = self._function(row.prompt, row.responses[k], row.row)
         except Exception as error:
             raise ScorerError(
-                f"{row.where}: {self.name} failed on response {k + 1}: {type(error).__name__}: {error}"
+                f"{row.where}: {self.name} failed on response {k} (from 0): {type(error).__name__}: {error}"
             ) from error
         if not isinstance(score, numbers.Real):
             raise ScorerError(
                 f"{row.where}: {self.name} returned {score!r:.60} ({type(score).__name__}) for response "
-                f"{k + 1}, expected a number"
+                f"{k} (from 0), expected a number"
             )
         return float(score)
 
 
 def _import(module: str) -> Any:
-    """A module, of the current directory rather than an installed one."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
+    """A module: of the current directory, then of the configuration's folder, rather than an installed one."""
+    folders = list(dict.fromkeys(f for f in (os.getcwd(), config_folder()) if f is not None))
+    sys.path[:0] = folders
     try:
         return importlib.import_module(module)
     except Exception as error:  # whatever the module's own code raises
         raise ImportError(
-            f"scorer.function: module {module!r} could not be imported: {type(error).__name__}: {error}"
+            f"scorer.function: module {module!r} could not be imported: {type(error).__name__}: {error} "
+            f"(looked in {', '.join(folders)} and among installed packages)"
         ) from error
     finally:
-        sys.path.remove(here)
-        # What the function imports when it is called is found too, but files that happen to lie here shadow
-        # no installed package from now on.
-        if here not in sys.path:
-            sys.path.append(here)
+        for folder in folders:
+            sys.path.remove(folder)
+            # What the function imports when it is called is found too, but files that happen to lie here shadow
+            # no installed package from now on.
+            if folder not in sys.path:
+                sys.path.append(folder)
