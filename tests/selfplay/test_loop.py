@@ -24,7 +24,7 @@ from fastpo.selfplay import score as score_module
 from fastpo.selfplay.engines.transformers_engine import TransformersEngine
 from fastpo.selfplay.loop import iterate
 from fastpo.selfplay.loop_config import LoopConfig
-from fastpo.selfplay.manifest import load_manifest
+from fastpo.selfplay.manifest import load_manifest, manifest_path
 from fastpo.selfplay.stage import lock, seed_of
 from fastpo.trainer import PreferenceConfig
 
@@ -264,7 +264,7 @@ DSL = [  # prompt, chosen, rejected, chosen_source by iteration
 @pytest.fixture
 def books(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """Engines and training that only look at which model it is: the number that its directory holds."""
-    seen: dict[str, Any] = {"trained": [], "tuned": [], "scored": []}
+    seen: dict[str, Any] = {"trained": [], "tuned": [], "scored": [], "training_seeds": []}
 
     def model_number(name: str) -> int | str:
         return json.loads((Path(name) / "number.json").read_text())
@@ -276,7 +276,7 @@ def books(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         return made
 
     def trains(
-        kind: str, settings: Any, *, start: str, dataset: Path, output: Path, **_: Any
+        kind: str, settings: Any, *, start: str, dataset: Path, output: Path, seed: int, **_: Any
     ) -> None:
         output.mkdir(parents=True, exist_ok=True)
         number: int | str = len(seen["trained"]) + 1
@@ -284,6 +284,7 @@ def books(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
             number = output.name
             seen["tuned"].append((output, model_number(start), read_jsonl(dataset)))
         else:
+            seen["training_seeds"].append(seed)
             seen["trained"].append((model_number(start), read_jsonl(dataset)))
         (output / "number.json").write_text(json.dumps(number))
 
@@ -416,6 +417,112 @@ def test_synpo_by_hand(books: dict[str, Any], tmp_path: Path) -> None:
     ((start, data),) = books["trained"]
     assert start == 0
     assert as_table(data) == pairs
+
+
+def test_two_iterations_of_synpo_by_hand(books: dict[str, Any], tmp_path: Path) -> None:
+    """Who answers what, what is learnt from it, and which prompts are new, in the second iteration too."""
+    nouns = [
+        "table",
+        "chair",
+        "window",
+        "garden",
+        "river",
+        "mountain",
+        "forest",
+        "bridge",
+        "market",
+    ]
+    given = {**HUMAN, "p1": "h1 good good", "p3": "h3 good good good"}
+    rows = [
+        {"prompt": f"{p} {' '.join(nouns[k : k + 4])}", "completion": c}
+        for k, (p, c) in enumerate(given.items())
+    ]
+    root = Path(books["values"]["output_dir"])
+
+    def asked_by_the_generator(word: str) -> str:
+        iteration = len(books["trained"]) + 1
+        if word == "gamma":
+            return read_jsonl(root / "seeds/held_out.jsonl")[0]["prompt"]
+        # The second iteration asks alpha's question once more.
+        return "q-alpha" if word == "alpha" else f"q-{word}-{iteration}"
+
+    def say(number: Any, prompt: str) -> str:
+        if number == "generator":
+            word = next(w for w in ("alpha", "beta", "gamma", "delta") if w in prompt)
+            return f"<question>{asked_by_the_generator(word)}</question>"
+        if number == "improver":
+            question, draft = prompt.split("|")
+            return f"better {draft}" + ("" if "delta" in question else " good good")
+        if prompt.startswith("q-"):
+            return f"own {number}"
+        return ANSWERS[number][prompt.split()[0]] if number < 2 else "evaluated"
+
+    books["say"] = say
+    corpus = tmp_path / "corpus.txt"
+    words = ("alpha", "beta", "gamma", "delta")
+    corpus.write_text("\n\n".join(" ".join([word] * 30 + ["tiny", "small"]) for word in words))
+    (tmp_path / "improver.txt").write_text("{question}|{draft}")
+    values = {
+        **books["values"], "method": "synpo", "corpus": str(corpus), "prompts_per_iteration": 4,
+        "seeds": str(write_jsonl(tmp_path / "seeds.jsonl", rows)), "held_out": 1, "threshold": 0.5,
+        "improver_threshold": 1.5, "improver_template": str(tmp_path / "improver.txt"), "max_pairs": 50,
+        "max_repetition": 0.9, "sft": {"use_cpu": True}, "sampling": {"max_tokens": 40},
+        "eval_sampling": {"max_tokens": 12}, "seed": 0,
+    }  # fmt: skip
+    run(values)
+    made = [
+        {r["prompt"] for r in read_jsonl(root / f"iteration-{k}/prompts.jsonl")} for k in (1, 2)
+    ]
+    assert made == [{"q-alpha", "q-beta-1", "q-delta-1"}, {"q-beta-2", "q-delta-2"}]
+    counts = [load_manifest(root / f"iteration-{k}/prompts.jsonl").counts for k in (1, 2)]
+    assert [c["known_prompt"] for c in counts] == [1, 2]
+    # The last model drafts, its improver makes it better, and the first model's answer is rejected.
+    better = {1: "better own 0 good good", 2: "better own 1 good good"}
+    expected = {
+        k: {(p, better[k], "own 0", "response 0") for p in prompts if "delta" not in p}
+        for k, prompts in ((1, made[0]), (2, made[1]))
+    }
+    for k in (1, 2):
+        assert set(as_table(read_jsonl(root / f"iteration-{k}/pairs.jsonl"))) == expected[k]
+    (start_1, data_1), (start_2, data_2) = books["trained"]
+    assert start_1 == start_2 == 0
+    assert set(as_table(data_1)) == expected[1]
+    assert set(as_table(data_2)) == expected[1] | expected[2]
+    # The improver starts from the first model each time, and learns from the last one's answers where the given
+    # ones are better by more than 1.5 (p5's is by 1, p1's in iteration 2 no more).
+    improvers = [entry for entry in books["tuned"] if entry[0].name == "improver"]
+    assert [start for _, start, _ in improvers] == [0, 0]
+    learnt = [[row["prompt"].split("|")[1] for row in examples] for _, _, examples in improvers]
+    assert learnt == [["a1", "a3 good"], ["b3"]]
+    # Nothing is drawn by the same seed twice, and the run's own decides.
+    assert len(set(books["training_seeds"])) == 2
+    stages = (
+        "drafts",
+        "seed-responses",
+        "seed-scored",
+        "scored",
+        "improved",
+        "pairs",
+        "prompts.generated",
+    )
+    seeds = [
+        load_manifest(root / f"iteration-{k}/{stage}.jsonl").identity["settings"]["seed"]
+        for k in (1, 2) for stage in stages
+    ]  # fmt: skip
+    assert len(set(seeds)) == len(seeds)
+    assert not set(seeds) & {0, values["seed"]}
+    other = {**values, "seed": 99, "output_dir": str(tmp_path / "other")}
+    loop = loop_module._Loop(LoopConfig(**other), tmp_path / "other")
+    assert not {loop._seed(k, stage) for k in (1, 2) for stage in stages} & set(seeds)
+    # Filters and sampling are those that were set.
+    of_pairs = load_manifest(root / "iteration-2/pairs.jsonl").identity["settings"]
+    assert (of_pairs["max_pairs"], of_pairs["max_repetition"]) == (50, 0.9)
+    assert of_pairs["threshold"] == 0.5
+    sampled = [
+        load_manifest(root / name).identity["settings"]["sampling"]["max_tokens"]
+        for name in ("iteration-1/drafts.jsonl", "evaluation/iteration-1/responses.jsonl")
+    ]
+    assert sampled == [40, 12]
 
 
 GOLD = {**HUMAN, "p1 ": "h1 bad", "P2?": "h2 bad"}  # the last two are p1 and p2 once more
@@ -613,6 +720,14 @@ def test_a_search_goes_on_with_the_best_on_held_out_prompts(settings: Callable[.
     ]  # fmt: skip
     best = max(account["candidates"], key=lambda c: c["value"])
     assert best["model"] == str(chosen)
+    # What it chose by is the evaluation, which is not made again.
+    evaluation = chosen.parents[2] / "evaluation/iteration-1"
+    for name in ("responses.jsonl", "scored.jsonl"):
+        copied = manifest_path(evaluation / name)
+        assert copied.read_bytes() == manifest_path(chosen.parent / name).read_bytes()
+    scores = [row["scores"][0] for row in read_jsonl(evaluation / "scored.jsonl")]
+    assert best["value"] == pytest.approx(sum(scores) / len(scores))
+    assert "biased upward" in (chosen.parents[2] / "report.md").read_text()
 
 
 @pytest.fixture
@@ -648,6 +763,9 @@ def test_a_scorer_that_only_compares_chooses_by_the_lead_over_the_start(
         # The search's number is the evaluation's, and it is the lead of the answers themselves.
         leads[k] = max(tried.values())
         name = "versus-previous-scored" if k == 1 else "versus-first-scored"
+        trial = Path(account["selected"]).parent
+        copied = manifest_path(root / f"evaluation/iteration-{k}/{name}.jsonl")
+        assert copied.read_bytes() == manifest_path(trial / f"{name}.jsonl").read_bytes()
         rows = read_jsonl(root / f"evaluation/iteration-{k}/{name}.jsonl")
         assert leads[k] == pytest.approx(sum(a - b for a, b in (r["scores"] for r in rows)) / 16)
     report = json.loads((root / "report.json").read_text())
@@ -670,6 +788,28 @@ def test_settings_of_later_iterations_hold_from_them_on(settings: Callable[..., 
         )
     rate, beta = TRAIN["learning_rate"], TRAIN["beta"]
     assert found == [(rate, beta), (1e-5, beta), (1e-5, 0.7)]
+
+
+def test_later_settings_win_over_earlier_ones(settings: Callable[..., Any]) -> None:
+    later = {3: {"beta": 0.9}, 2: {"beta": 0.7}}
+    config = LoopConfig(**settings("spin", train_from=later))
+    assert [config.train_settings_of(k)["beta"] for k in (1, 2, 3, 4)] == [0.3, 0.7, 0.9, 0.9]
+
+
+def test_the_noise_may_begin_later(settings: Callable[..., Any]) -> None:
+    """DNPO without noise in its first iteration."""
+    values = settings(
+        "dnpo", train={**TRAIN, "method": "preference"},
+        train_from={2: {"method": "dnpo", "noise_alpha": 0.5}},
+    )  # fmt: skip
+    root = run(values).parents[1]
+    found = [load_manifest(root / f"iteration-{k}/model").identity["settings"] for k in (1, 2)]
+    assert [s["method"] for s in found] == ["preference", "dnpo"]
+    assert [s.get("noise_alpha") for s in found] == [None, 0.5]
+    logs = [
+        json.loads((root / f"iteration-{k}/model/trainer_state.json").read_text()) for k in (1, 2)
+    ]
+    assert ["noise/penalty" in log["log_history"][0] for log in logs] == [False, True]
 
 
 def test_an_adapter_is_merged_into_the_model_that_goes_on(

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from fastpo.selfplay import report as report_module
-from fastpo.selfplay.manifest import load_manifest, manifest_path
+from fastpo.selfplay.manifest import manifest_path
 from fastpo.selfplay.report import report_loop
 from fastpo.selfplay.stage import write_stage
 
@@ -274,4 +274,3 @@ def test_what_is_no_loop_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"no loop\.json, expected the output_dir of fastpo iterate"
     ):
         report_loop(tmp_path)
-    assert load_manifest(tmp_path / "x.jsonl") is None
