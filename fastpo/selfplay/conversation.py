@@ -3,6 +3,10 @@
 ``prompt``: text, or messages that end with the user's; ``completion``: a given answer, text or one assistant's
 message (``messages`` holds both); ``responses``: texts that a model made; ``scores`` and ``completion_score``:
 numbers.
+
+A row may hold both ``prompt`` and ``messages``. Where the prompt is what the messages say before their answer
+(a system's turn aside), it stands: ``fastpo generate`` writes it so. Where it is not, as in data sets whose
+prompt is a conversation's first question, prompt and answer both come from the messages.
 """
 
 from __future__ import annotations
@@ -21,18 +25,41 @@ def read_prompt(row: Mapping[str, Any], where: str) -> Prompt:
     Raises:
         ValueError: none, an empty one, or one of the wrong type.
     """
+    prompt = asked = None
     if row.get("prompt") is not None:
         prompt = text_or_messages(row["prompt"], "prompt", where)
-    elif row.get("messages") is not None:
-        messages = text_or_messages(row["messages"], "messages", where)
-        if isinstance(messages, list) and messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        prompt = messages
-    else:
+    if row.get("messages") is not None:
+        asked = text_or_messages(row["messages"], "messages", where)
+        if isinstance(asked, list) and _ends_with_answer(asked):
+            asked = asked[:-1]
+    if prompt is None or (asked and _turns(asked) != _turns(prompt)):
+        prompt = asked
+    if prompt is None:
         raise ValueError(f"{where}: no 'prompt' (the row has {_columns(row)})")
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise ValueError(f"{where}: the prompt is empty")
     return prompt
+
+
+def has_completion(row: Mapping[str, Any], where: str) -> bool:
+    """Whether a row gives an answer: ``messages`` that end with the assistant's, or else ``completion``.
+
+    Raises:
+        ValueError: ``messages`` of the wrong type.
+    """
+    if row.get("messages") is not None:
+        messages = text_or_messages(row["messages"], "messages", where)
+        return isinstance(messages, list) and _ends_with_answer(messages)
+    return row.get("completion") is not None
+
+
+def _ends_with_answer(messages: list[Message]) -> bool:
+    return bool(messages) and messages[-1]["role"] == "assistant"
+
+
+def _turns(prompt: Prompt) -> list[tuple[str, str]]:
+    """Who says what, without the system's turns, which a stage may have put before a prompt."""
+    return [(m["role"], m["content"]) for m in as_conversation(prompt) if m["role"] != "system"]
 
 
 def read_completion(row: Mapping[str, Any], where: str) -> str:

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import count as numbers
 from pathlib import Path
 
-from .rows import CHUNK, JSON_SUFFIXES, read_rows
+from .rows import JSON_SUFFIXES, read_rows
 from .stage import seed_of
 from .text_measures import UNSPACED
 
@@ -180,6 +180,20 @@ def paragraph_keywords(
     return keywords.draw(paragraph, count, seed)
 
 
+def check_corpus(path: Path, count: int, keywords: Keywords) -> None:
+    """Raise where no paragraph of a corpus has ``count`` usable words; reads up to the first that has.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`paragraphs`, and where no paragraph has enough.
+    """
+    number = 0
+    for _, paragraph in paragraphs(path):
+        if len(keywords.usable(paragraph)) >= count:
+            return
+        number += 1
+    raise ValueError(f"corpus: {path} has no paragraph with {count} usable keywords (of {number})")
+
+
 def paragraphs(path: Path, min_words: int = MIN_WORDS) -> Iterator[tuple[str, str]]:
     """(place, paragraph) of every paragraph of a corpus, in order; memory does not grow with their number.
 
@@ -209,21 +223,14 @@ def _all_paragraphs(path: Path) -> Iterator[tuple[str, str]]:
     if path.suffix not in (*JSON_SUFFIXES, ".parquet"):
         endings = ", ".join((".txt", *JSON_SUFFIXES, ".parquet"))
         raise ValueError(f"{path}: expected a file that ends in {endings}, got {path.suffix!r}")
-    done = 0
-    try:
-        for where, row in read_rows(path):
-            text = row.get("text")
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{where}: expected a text in the column 'text', got {type(text).__name__} "
-                    f"(the row has {', '.join(map(repr, row)) or 'nothing'})"
-                )
-            yield from _blocks((where, line) for line in text.splitlines())
-            done += 1
-    except UnicodeDecodeError as error:  # Parquet's strings, which are decoded a chunk at a time
-        raise ValueError(
-            f"{path}, one of the rows {done} to {done + CHUNK - 1} (from 0): not valid UTF-8 text: {error}"
-        ) from error
+    for where, row in read_rows(path):
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{where}: expected a text in the column 'text', got {type(text).__name__} "
+                f"(the row has {', '.join(map(repr, row)) or 'nothing'})"
+            )
+        yield from _blocks((where, line) for line in text.splitlines())
 
 
 def _blocks(

@@ -17,12 +17,13 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import random
 import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,20 @@ import yaml
 from fastpo.atomic_write import write_atomically
 from fastpo.plain_values import plain, without_logins
 
-from .conversation import answer, as_conversation, read_completion, read_prompt, read_responses
+from .conversation import (
+    answer,
+    as_conversation,
+    has_completion,
+    prompt_text,
+    read_completion,
+    read_prompt,
+    read_responses,
+    read_scores,
+)
 from .engines import make_engine
 from .generate import GenerateConfig, generate, is_chat
 from .loop_config import MAY_CHANGE, LoopConfig
-from .manifest import differences, load_manifest, sha256
+from .manifest import SUFFIX, differences, load_manifest, manifest_path, model_revision, sha256
 from .pairs import PairsConfig, make_pairs
 from .report import report_loop
 from .rows import Row, read_rows
@@ -49,9 +59,12 @@ from .synpo import (
     improver_examples,
     make_prompts,
 )
+from .text_measures import normalised
 from .training import train_stage
 
 SETTINGS_FILE = "loop.json"
+# Columns that belong to the responses of one file, not to their prompt.
+OF_RESPONSES = ("responses", "finish_reasons", "scores", "completion_score")
 
 
 def iterate(config: LoopConfig) -> Path:
@@ -70,7 +83,11 @@ def iterate(config: LoopConfig) -> Path:
     config.check_files()
     root = Path(config.output_dir)
     root.mkdir(parents=True, exist_ok=True)
-    with lock(root / "lock", root):
+    try:
+        held = lock(root / "lock", root)
+    except ValueError as error:
+        raise ValueError(f"output_dir: another process is at work on {root}") from error
+    with held:
         _claim(root, config)
         loop = _Loop(config, root)
         model = loop.run()
@@ -79,14 +96,20 @@ def iterate(config: LoopConfig) -> Path:
 
 
 def _claim(root: Path, config: LoopConfig) -> None:
-    """Record the settings, or refuse a directory that has others."""
-    values = dataclasses.asdict(config)
-    settings = {name: value for name, value in values.items() if name not in MAY_CHANGE}
+    """Record the settings, or refuse a directory that has others.
+
+    Seeds, corpus and start count by their content, wherever they lie.
+    """
+    settings = _without(dataclasses.asdict(config), MAY_CHANGE)
     settings |= {"output_dir": None, "seeds": sha256(Path(config.seeds))}
+    settings["model"] = model_revision(config.model_name_or_path)
     if config.corpus is not None:
         settings["corpus"] = sha256(Path(config.corpus))
     now = json.loads(without_logins(json.dumps(plain(settings))))
     file = root / SETTINGS_FILE
+    temporary = f".{SETTINGS_FILE}."  # a process that was killed while it wrote the file leaves one
+    for path in root.glob(f"{temporary}*.tmp"):
+        path.unlink()
     if not file.is_file():
         others = [path.name for path in root.iterdir() if path.name != "lock"]
         if others:
@@ -95,12 +118,30 @@ def _claim(root: Path, config: LoopConfig) -> None:
             )
         write_atomically(file, (json.dumps(now, indent=1, ensure_ascii=False) + "\n").encode())
         return
-    changed = differences(json.loads(file.read_text(encoding="utf-8")), now)
+    before = json.loads(file.read_text(encoding="utf-8"))
+    contents = ("seeds", "corpus", "model")
+    changed = [
+        f"the content of {'model_name_or_path' if name == 'model' else name} changed"
+        for name in contents
+        if before.get(name) != now.get(name)
+    ]
+    ignored = (*contents, "model_name_or_path", *MAY_CHANGE)
+    changed += differences(_without(before, ignored), _without(now, ignored))
     if changed:
         raise ValueError(
             f"output_dir: {root} is a loop with other settings ({'; '.join(changed)}); expected the same (but "
             f"for {', '.join(MAY_CHANGE)}), or another directory"
         )
+
+
+def _without(settings: Mapping[str, Any], names: Iterable[str], inside: str = "") -> dict[str, Any]:
+    """Settings without those of the given names, ``outer.inner`` for one in a mapping."""
+    kept = {}
+    for key, value in settings.items():
+        name = f"{inside}{key}"
+        if name not in names:
+            kept[key] = _without(value, names, f"{name}.") if isinstance(value, Mapping) else value
+    return kept
 
 
 class _Loop:
@@ -133,25 +174,40 @@ class _Loop:
     # ---- Seeds ----
 
     def _split_seeds(self) -> None:
-        """Seed rows in one form; those that are held out are drawn at random."""
+        """Seed rows in one form; prompts that are held out are drawn at random.
+
+        All rows of a prompt are on one side, else a model would be trained on what it is evaluated on. Of a
+        held-out prompt that comes several times the first row stays, the others are counted.
+        """
         config, source = self.config, Path(self.config.seeds)
-        total = sum(1 for _ in read_rows(source))
-        if total <= config.held_out:
+        prompts = list(dict.fromkeys(self._seed_keys(source)))
+        if not prompts:
+            raise ValueError(f"seeds: {source} has no rows")
+        if len(prompts) <= config.held_out:
             raise ValueError(
-                f"held_out: got {config.held_out}, expected less than the {total} rows of {source}"
+                f"held_out: got {config.held_out}, expected less than the {len(prompts)} different prompts of "
+                f"{source}"
             )
         draw = random.Random(seed_of(config.seed, "held out"))
-        held_out = set(draw.sample(range(total), config.held_out))
+        held_out = {prompts[k] for k in draw.sample(range(len(prompts)), config.held_out)}
 
         def make(wanted: bool, counts: Counter[str]) -> Iterator[Row]:
-            for number, (where, row) in enumerate(read_rows(source)):
-                if (number in held_out) != wanted:
+            seen: set[int] = set()
+            keys = self._seed_keys(source)
+            for key, (where, row) in zip(keys, read_rows(source), strict=True):
+                if (key in held_out) != wanted:
                     continue
+                counts["in"] += 1
+                if wanted and key in seen:
+                    counts["repeated_prompt"] += 1
+                    continue
+                if wanted:
+                    seen.add(key)
                 prompt = read_prompt(row, where)
                 if self.chat or not isinstance(prompt, str):
                     prompt = as_conversation(prompt, config.system_prompt)
                 made = {"prompt": prompt}
-                if config.method != "dpo" or row.get("completion") or row.get("messages"):
+                if config.method != "dpo" or has_completion(row, where):
                     made["completion"] = answer(prompt, read_completion(row, where))
                 others = {
                     k: v for k, v in row.items() if k not in ("prompt", "completion", "messages")
@@ -170,6 +226,19 @@ class _Loop:
                 continue
             write_stage("seeds", path, {"rows": source}, settings, functools.partial(make, wanted))
 
+    def _seed_keys(self, source: Path) -> Iterator[int]:
+        """A hash of every row's prompt, alike for what :func:`~.text_measures.normalised` makes alike."""
+        for where, row in read_rows(source):
+            try:
+                prompt = read_prompt(row, where)
+            except ValueError as error:
+                raise ValueError(f"seeds: {error}") from error
+            if isinstance(prompt, str) and not self.chat and self.config.system_prompt is not None:
+                raise ValueError(
+                    f"system_prompt: has no effect without chat on prompts that are text, as in {where}"
+                )
+            yield seed_of(normalised(prompt_text(prompt)))
+
     # ---- What an iteration trains on ----
 
     def _spin(self, k: int) -> Path:
@@ -179,13 +248,13 @@ class _Loop:
 
     def _dnpo(self, k: int) -> Path:
         responses = self._generate(k, self.seeds, self.models[k - 1], "responses")
-        scored = self._score(self._path(k, "scored"), responses, completion=True)
+        scored = self._score(self._path(k, "scored"), responses, completion=True, k=k)
         self._pairs(k, scored, "dsl")
         return self._mixed(k)
 
     def _dpo(self, k: int) -> Path:
         responses = self._generate(k, self.seeds, self.models[k - 1], "responses")
-        scored = self._score(self._path(k, "scored"), responses)
+        scored = self._score(self._path(k, "scored"), responses, k=k)
         self._pairs(k, scored, "best_worst")
         return self._mixed(k)
 
@@ -204,7 +273,7 @@ class _Loop:
         )  # fmt: skip
         base = drafts if k == 1 else self._generate(k, prompts, first, "first")
         candidates = self._beside(self._path(k, "candidates"), [improved, base])
-        scored = self._score(self._path(k, "scored"), candidates)
+        scored = self._score(self._path(k, "scored"), candidates, k=k)
         self._pairs(k, scored, "ordered")
         return self._joined(k, range(1, k + 1))
 
@@ -234,10 +303,9 @@ class _Loop:
         manifest = load_manifest(prompts)
         assert manifest is not None
         if not manifest.counts["out"]:
-            reasons = {n: c for n, c in manifest.counts.items() if c and n not in ("in", "out")}
             raise ValueError(
                 f"iteration {k}: none of the {manifest.counts['in']} texts of the prompt generator is a new "
-                f"prompt ({', '.join(f'{n} {c}' for n, c in reasons.items())}); it may need more training "
+                f"prompt ({_reasons(manifest.counts)}); it may need more training "
                 f"(sft): see {prompts.with_suffix('')}.generated.jsonl"
             )
         return prompts
@@ -246,7 +314,7 @@ class _Loop:
         """The improver of iteration k, trained from the start on what the seeds' answers do better."""
         config = self.config
         own = self._generate(k, self.seeds, previous, "seed-responses")
-        scored = self._score(self._path(k, "seed-scored"), own, completion=True)
+        scored = self._score(self._path(k, "seed-scored"), own, completion=True, k=k)
         examples = self._path(k, "improver")
         threshold = (
             config.threshold if config.improver_threshold is None else config.improver_threshold
@@ -269,11 +337,13 @@ class _Loop:
         )  # fmt: skip
         return output
 
-    def _score(self, output: Path, responses: Path, completion: bool = False) -> Path:
+    def _score(self, output: Path, responses: Path, completion: bool = False, *, k: int) -> Path:
         scorer = dict(plain(dataclasses.asdict(self.config)["scorer"]))
         if scorer.get("kind") == "logprob" and scorer.get("model") is None:
             scorer["model"] = self.models[0]
-        seed = seed_of(self.config.seed, "score", output.parent.name, output.stem)
+            if scorer.get("chat_template") is None:
+                scorer["chat_template"] = self.config.engine_settings.chat_template
+        seed = seed_of(self.config.seed, "score", f"iteration-{k}", output.stem)
         self._run("score", ScoreConfig(str(responses), str(output), scorer, completion, seed))
         return output
 
@@ -300,40 +370,47 @@ class _Loop:
         output = self._path(k, "dataset")
         manifest = write_stage("dataset", output, files, {}, make)
         if not manifest.counts["out"]:
+            of_pairs = load_manifest(self._path(k, "pairs"))
+            assert of_pairs is not None
             raise ValueError(
-                f"iteration {k}: no pair is left to train on; {self._path(k, 'pairs')}.manifest.json says why "
-                "rows made none (threshold, equal answers, …)"
+                f"iteration {k}: no pair is left to train on; of {of_pairs.counts['in']} rows were left out: "
+                f"{_reasons(of_pairs.counts)} (threshold, max_repetition and sampling decide); see "
+                f"{self._path(k, 'pairs')}.manifest.json"
             )
         return output
 
-    def _beside(self, output: Path, files: Sequence[Path]) -> Path:
+    def _beside(self, output: Path, files: Sequence[Path], scored: bool = False) -> Path:
         """The first responses of several files of the same prompts, side by side in each row.
 
-        Rows that one of them lacks (a prompt that was too long) are left out; rows are matched by prompt.
+        If the files are ``scored``, their scores stand side by side too. Rows that one of them lacks (a prompt
+        that was too long) are left out; rows are matched by prompt. The other columns, which a scorer may read,
+        are the first file's.
         """
 
         def make(counts: Counter[str]) -> Iterator[Row]:
             streams = [_by_prompt(path) for path in files]
             common = set.intersection(*({key for key, _ in _by_prompt(path)} for path in files))
             matched = [((k, row) for k, row in stream if k in common) for stream in streams]
-            for rows in zip(*matched, strict=True):
+            for keyed in zip(*matched, strict=True):
                 counts["in"] += 1
-                if len({key for key, _ in rows}) != 1:
+                if len({key for key, _ in keyed}) != 1:
                     raise ValueError(
                         f"{output}: {', '.join(map(str, files))} differ in their prompts"
                     )
-                yield {
-                    "prompt": rows[0][1]["prompt"],
-                    "responses": [read_responses(row, str(output))[0] for _, row in rows],
-                }
+                rows = [row for _, row in keyed]
+                made = {name: v for name, v in rows[0].items() if name not in OF_RESPONSES}
+                made["responses"] = [read_responses(row, str(output))[0] for row in rows]
+                if scored:
+                    made["scores"] = [read_scores(row, str(output), 1)[0] for row in rows]
+                yield made
 
         inputs = {f"file {i}": path for i, path in enumerate(files)}
-        write_stage("candidates", output, inputs, {}, make)
+        write_stage("comparison" if scored else "candidates", output, inputs, {}, make)
         return output
 
     def _fine_tune(self, examples: Path, model: Path, name: str) -> str:
         train_stage(
-            "sft", self.config.sft if isinstance(self.config.sft, dict) else {}, start=self.models[0],
+            "sft", self.config.sft_settings, start=self.models[0],
             dataset=examples, output=model, seed=seed_of(self.config.seed, name) % 2**31,
             launcher=self.config.launcher,
         )  # fmt: skip
@@ -361,11 +438,16 @@ class _Loop:
             chosen = dict(zip(search, values, strict=True))
             trial = folder / f"search-{number}"
             model = run({**of_iteration, **chosen}, trial / "model")
-            found.append((self._held_out_value(trial, model), model, chosen))
+            found.append((self._held_out_value(k, trial, model), model, chosen))
         best = max(found, key=lambda entry: entry[0])
         account = {
             "candidates": [
-                {"settings": settings, "value": value, "model": model}
+                # JSON has no −∞: null stands for a model none of whose answers got a score.
+                {
+                    "settings": settings,
+                    "value": value if math.isfinite(value) else None,
+                    "model": model,
+                }
                 for value, model, settings in found
             ],
             "selected": best[1],
@@ -378,34 +460,42 @@ class _Loop:
 
     def _evaluate(self, k: int, model: str) -> None:
         """Responses of iteration k to the held-out prompts, their scores, and those beside earlier models'."""
-        if not self.config.held_out:
+        config = self.config
+        if not config.held_out:
             return
         folder = self.root / f"evaluation/iteration-{k}"
+        if k and config.search:
+            _copy_stages(Path(model).parent, folder)  # what the search chose by
         responses = self._held_out_responses(folder, model)
-        scorer = self.config.scorer_settings
+        scorer = config.scorer_settings
         if scorer is None:
             return
         if scorer.absolute:
-            self._score(folder / "scored.jsonl", responses)
+            self._score(folder / "scored.jsonl", responses, k=k)
         for name, other in (("previous", k - 1), ("first", 0)):
-            if k and not (name == "first" and k == 1):
-                self._versus(folder, name, other)
+            if not k or (name == "first" and k == 1):
+                continue
+            if scorer.absolute:
+                files = [self.root / f"evaluation/iteration-{i}/scored.jsonl" for i in (k, other)]
+                self._beside(folder / f"versus-{name}-scored.jsonl", files, scored=True)
+            else:
+                self._versus(k, folder, name, other)
 
-    def _versus(self, folder: Path, name: str, other: int) -> Path:
-        """Scores of the responses in ``folder`` beside those of iteration ``other``."""
+    def _versus(self, k: int, folder: Path, name: str, other: int) -> Path:
+        """Scores of the responses in ``folder`` beside those of iteration ``other``, given to both together."""
         against = self.root / f"evaluation/iteration-{other}/responses.jsonl"
         both = self._beside(folder / f"versus-{name}.jsonl", [folder / "responses.jsonl", against])
-        return self._score(folder / f"versus-{name}-scored.jsonl", both)
+        return self._score(folder / f"versus-{name}-scored.jsonl", both, k=k)
 
-    def _held_out_value(self, folder: Path, model: str) -> float:
+    def _held_out_value(self, k: int, folder: Path, model: str) -> float:
         """What a search makes large: the mean score, or of a scorer that compares, its lead over the start."""
         responses = self._held_out_responses(folder, model)
         scorer = self.config.scorer_settings
         assert scorer is not None
         if scorer.absolute:
-            scored = self._score(folder / "scored.jsonl", responses)
+            scored = self._score(folder / "scored.jsonl", responses, k=k)
             return mean_of(row["scores"][0] for _, row in read_rows(scored))
-        scored = self._versus(folder, "first", 0)
+        scored = self._versus(k, folder, "previous" if k == 1 else "first", 0)
         return mean_of(row["scores"][0] - row["scores"][1] for _, row in read_rows(scored))
 
     def _held_out_responses(self, folder: Path, model: str) -> Path:
@@ -459,6 +549,21 @@ def mean_of(values: Iterable[float]) -> float:
     """−∞ of none."""
     held = list(values)
     return statistics.fmean(held) if held else float("-inf")
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    """Why rows are left out, with their numbers."""
+    return ", ".join(f"{name} {n}" for name, n in counts.items() if n and name not in ("in", "out"))
+
+
+def _copy_stages(source: Path, target: Path) -> None:
+    """Give a directory the finished stages of another one, which are the same there; a kill leaves no half."""
+    target.mkdir(parents=True, exist_ok=True)
+    for manifest in sorted(source.glob(f"*.jsonl{SUFFIX}")):
+        output = target / manifest.name.removesuffix(SUFFIX)
+        if not manifest_path(output).is_file():
+            write_atomically(output, (source / output.name).read_bytes())
+            write_atomically(manifest_path(output), manifest.read_bytes())
 
 
 def _by_prompt(path: Path) -> Iterator[tuple[int, Row]]:

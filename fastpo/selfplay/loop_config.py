@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from .engines import EngineSettings, Sampling, make_engine
+from .keywords import Keywords, check_corpus
 from .pairs import PairsConfig
+from .prompt_templates import GENERATOR_TEMPLATE, IMPROVER_TEMPLATE, load_template
 from .rows import check_readable
-from .scorers import ScorerSettings
+from .scorers import ScorerSettings, make_scorer
 from .settings import from_mapping
+from .synpo import KEYWORDS
 from .training import check_training_settings
 
 METHODS = ("spin", "dnpo", "synpo", "dpo")
@@ -31,8 +34,20 @@ OF_SYNPO = (
     "improver_template",
     "stopwords",
 )
-# Fields that may differ in a run that goes on: how far it goes, and where it is computed.
-MAY_CHANGE = ("iterations", "launcher", "isolate")
+# Fields that may differ in a run that goes on: how far it goes, where it is computed, and how patiently. What a
+# stage's manifest holds (the fields of train and sft, engine.batch_size) is none of them.
+MAY_CHANGE = (
+    "iterations",
+    "launcher",
+    "isolate",
+    "engine.device",
+    "scorer.device",
+    "scorer.engine.device",
+    "scorer.engine.concurrency",
+    "scorer.engine.timeout",
+    "scorer.engine.retries",
+    "scorer.engine.api_key_env",
+)
 
 
 @dataclass
@@ -58,7 +73,8 @@ class LoopConfig:
     held_out: int = field(
         default=256,
         metadata={
-            "help": "seed rows that are drawn to evaluate every model on, and not trained on; 0: none"
+            "help": "different seed prompts that are drawn to evaluate every model on and not trained on; "
+            "0: none"
         },
     )
     engine: dict[str, Any] | str | None = field(
@@ -191,6 +207,10 @@ class LoopConfig:
         ):  # fmt: skip
             if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected a mapping")
+        if self.method == "spin" and self.threshold:
+            raise ValueError(
+                "threshold: has no effect with method 'spin', which compares no scores"
+            )
         self._check_making()
         check_training_settings("train", self.train_settings, "train")
         self._check_train_from()
@@ -230,6 +250,9 @@ class LoopConfig:
                 raise ValueError(f"train_from: got {k!r}, expected the number of an iteration, ≥ 1")
             if not isinstance(values, dict):
                 raise TypeError(f"train_from.{k}: got {values!r}, expected a mapping")
+            varied = sorted(set(values) & set(_mapping(self.search) or {}))
+            if varied:
+                raise ValueError(f"train_from.{k}.{varied[0]}: has no effect, search varies it")
             check_training_settings("train", self.train_settings_of(int(k)), f"train_from.{k}")
 
     def _check_search(self) -> None:
@@ -259,13 +282,36 @@ class LoopConfig:
         check_training_settings("sft", _mapping(self.sft), "sft")
 
     def check_files(self) -> None:
-        """Raise where a file or model that the loop needs is not there."""
-        check_readable(Path(self.seeds))
-        for name in ("corpus", "generator_template", "improver_template", "stopwords"):
+        """Raise where something that the loop needs cannot be used, before hours are spent on what comes first.
+
+        Opens files, imports a scorer's module, and reads a corpus up to the first paragraph with keywords; no
+        weights are loaded.
+
+        Raises:
+            FileNotFoundError: a file or model directory that is not there; the field is named.
+            ImportError: a scorer's module or function, or a package, that cannot be imported.
+            ValueError: a file or model directory that cannot be used.
+        """
+        for name in ("seeds", "corpus", "generator_template", "improver_template", "stopwords"):
             value = getattr(self, name)
             if value is not None and not Path(value).is_file():
                 raise FileNotFoundError(f"{name}: no file {value!r}")
-        make_engine(self.engine_settings, self.model_name_or_path)
+        check_readable(Path(self.seeds))
+        try:
+            make_engine(self.engine_settings, self.model_name_or_path)
+        except (FileNotFoundError, ValueError) as error:
+            message = str(error)
+            if not message.startswith("model: "):
+                raise
+            raise type(error)(f"model_name_or_path: {message.removeprefix('model: ')}") from error
+        scorer = self.scorer_settings
+        if scorer is not None:
+            make_scorer(scorer, self.model_name_or_path).close()
+        if self.corpus is not None:
+            load_template(self.generator_template, GENERATOR_TEMPLATE)
+            load_template(self.improver_template, IMPROVER_TEMPLATE)
+            stopwords = None if self.stopwords is None else Path(self.stopwords)
+            check_corpus(Path(self.corpus), KEYWORDS, Keywords(stopwords))
 
     @property
     def engine_settings(self) -> EngineSettings:
@@ -291,7 +337,22 @@ class LoopConfig:
     @property
     def train_settings(self) -> dict[str, Any]:
         """Fields of ``PreferenceConfig``, with the method's defaults."""
-        return {**TRAIN_DEFAULTS[self.method], **(_mapping(self.train) or {})}
+        return {
+            **TRAIN_DEFAULTS[self.method],
+            **self._chat_template,
+            **(_mapping(self.train) or {}),
+        }
+
+    @property
+    def sft_settings(self) -> dict[str, Any]:
+        """Fields of ``SFTConfig``."""
+        return {**self._chat_template, **(_mapping(self.sft) or {})}
+
+    @property
+    def _chat_template(self) -> dict[str, Any]:
+        """Training puts conversations into text as generation does, unless it is told otherwise."""
+        template = self.engine_settings.chat_template
+        return {} if template is None else {"chat_template": template}
 
     def train_settings_of(self, k: int) -> dict[str, Any]:
         """The same with what ``train_from`` says of iteration ``k``."""
