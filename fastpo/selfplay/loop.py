@@ -29,7 +29,7 @@ from typing import Any
 
 import yaml
 
-from fastpo.atomic_write import write_atomically
+from fastpo.atomic_write import remove_leftovers, write_atomically
 from fastpo.plain_values import plain, without_logins
 
 from .conversation import (
@@ -83,11 +83,7 @@ def iterate(config: LoopConfig) -> Path:
     config.check_files()
     root = Path(config.output_dir)
     root.mkdir(parents=True, exist_ok=True)
-    try:
-        held = lock(root / "lock", root)
-    except ValueError as error:
-        raise ValueError(f"output_dir: another process is at work on {root}") from error
-    with held:
+    with lock(root / "lock", root, field="output_dir"):
         _claim(root, config)
         loop = _Loop(config, root)
         model = loop.run()
@@ -107,9 +103,7 @@ def _claim(root: Path, config: LoopConfig) -> None:
         settings["corpus"] = sha256(Path(config.corpus))
     now = json.loads(without_logins(json.dumps(plain(settings))))
     file = root / SETTINGS_FILE
-    temporary = f".{SETTINGS_FILE}."  # a process that was killed while it wrote the file leaves one
-    for path in root.glob(f"{temporary}*.tmp"):
-        path.unlink()
+    remove_leftovers(file)
     if not file.is_file():
         others = [path.name for path in root.iterdir() if path.name != "lock"]
         if others:

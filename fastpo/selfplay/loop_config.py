@@ -292,11 +292,11 @@ class LoopConfig:
             ImportError: a scorer's module or function, or a package, that cannot be imported.
             ValueError: a file or model directory that cannot be used.
         """
-        for name in ("seeds", "corpus", "generator_template", "improver_template", "stopwords"):
+        check_readable(Path(self.seeds), "seeds")
+        for name in ("corpus", "generator_template", "improver_template", "stopwords"):
             value = getattr(self, name)
             if value is not None and not Path(value).is_file():
                 raise FileNotFoundError(f"{name}: no file {value!r}")
-        check_readable(Path(self.seeds))
         try:
             make_engine(self.engine_settings, self.model_name_or_path)
         except (FileNotFoundError, ValueError) as error:
