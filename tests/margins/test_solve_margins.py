@@ -65,6 +65,15 @@ def objective(gamma: torch.Tensor, gaps: torch.Tensor, gamma0: float, tau: float
     return float(torch.nn.functional.softplus(gamma - gaps).mean() + tau * divergence.mean())
 
 
+def rounding(gamma: torch.Tensor, gaps: torch.Tensor, gamma0: float, tau: float) -> float:
+    """Of :func:`objective`: a few ulps of the size of its terms, which are differences where q ≈ 1."""
+    q = gamma / gamma0
+    terms = torch.nn.functional.softplus(gamma - gaps) + tau * (
+        torch.xlogy(q, q).abs() + (q - 1).abs()
+    )
+    return 4 * torch.finfo(torch.float64).eps * float(terms.mean())
+
+
 def multipliers(gamma: torch.Tensor, gaps: torch.Tensor, gamma0: float, tau: float) -> torch.Tensor:
     """γ0 σ(γ − g) + τ(1 + log q): one number for all pairs at the minimum."""
     return gamma0 * torch.sigmoid(gamma - gaps) + tau * (1 + torch.log(gamma / gamma0))
@@ -80,7 +89,7 @@ def assert_minimum(gamma, gaps, gamma0, tau, least=1e-290):
     assert not (steps < -1e-12 * gamma0).any()
     mirror = fastpo.solve_margins(gaps, gamma0, tau, solver="mirror")
     ours, theirs = (objective(y, gaps, gamma0, tau) for y in (gamma, mirror))
-    assert ours <= theirs + 1e-14 * (1 + abs(theirs))
+    assert ours <= theirs + sum(rounding(y, gaps, gamma0, tau) for y in (gamma, mirror))
 
 
 def random_gaps(n: int, scale: float) -> torch.Tensor:
