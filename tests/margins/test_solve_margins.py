@@ -66,12 +66,11 @@ def objective(gamma: torch.Tensor, gaps: torch.Tensor, gamma0: float, tau: float
 
 
 def rounding(gamma: torch.Tensor, gaps: torch.Tensor, gamma0: float, tau: float) -> float:
-    """Of :func:`objective`: a few ulps of the size of its terms, which are differences where q ≈ 1."""
+    """Of :func:`objective`: a few ulps of γ itself, and of the terms that cancel where q ≈ 1."""
     q = gamma / gamma0
-    terms = torch.nn.functional.softplus(gamma - gaps) + tau * (
-        torch.xlogy(q, q).abs() + (q - 1).abs()
-    )
-    return 4 * torch.finfo(torch.float64).eps * float(terms.mean())
+    pairs = torch.nn.functional.softplus(gamma - gaps) + gamma
+    divergence = torch.xlogy(q, q).abs() + (q - 1).abs()
+    return 4 * torch.finfo(torch.float64).eps * float((pairs + tau * divergence).mean())
 
 
 def multipliers(gamma: torch.Tensor, gaps: torch.Tensor, gamma0: float, tau: float) -> torch.Tensor:
