@@ -20,6 +20,18 @@ os.environ["FASTPO_SEED"] = str(SESSION_SEED)  # workers and subprocesses use it
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("hypothesis_seed", None) is None:
         config.option.hypothesis_seed = SESSION_SEED
+    if _GIVEN != "random":
+        _forget_constants()
+
+
+def _forget_constants() -> None:
+    """Hypothesis also draws numbers that stand in the modules loaded so far: what a test gets would depend on
+    which tests its worker has run before.
+    """
+    from hypothesis.internal.conjecture import providers
+
+    if hasattr(providers, "_get_local_constants"):  # not in all versions
+        providers._get_local_constants = lambda: providers._local_constants
 
 
 def pytest_report_header() -> str:
