@@ -17,6 +17,7 @@ VERSION = re.search(
 )[1]
 
 EXTRAS = {
+    "deepspeed": ["deepspeed>=0.18"],
     "flash": ["flash-attn>=2.7"],
     "liger": ["liger-kernel>=0.8.5"],
     "openai": ["openai>=2", "tenacity>=9"],
@@ -29,6 +30,7 @@ EXTRAS = {
     ],
     "dev": [
         "cut-cross-entropy>=25.1",
+        "deepspeed>=0.18",
         "hypothesis>=6.100",
         "liger-kernel>=0.8.5",
         "mypy>=1.15",
