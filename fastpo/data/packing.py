@@ -29,6 +29,7 @@ class PackedCollator:
         prefix_sharing: a prompt stands once for both answers.
         one_row: all of a batch in one row. False: rows as long as the longest piece, filled up with shorter
             ones, for attention whose work grows with the square of a row.
+        pad_to_multiple_of: rounds the rows' length up.
 
     Called with B rows of :func:`~fastpo.data.tokenize_preferences` it returns, for R packed rows of L tokens
     and answers of at most A scored tokens:
@@ -49,6 +50,7 @@ class PackedCollator:
     pad_token_id: int
     prefix_sharing: bool = False
     one_row: bool = False
+    pad_to_multiple_of: int = 1
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if not rows:
@@ -56,6 +58,7 @@ class PackedCollator:
         pieces = [piece for k, row in enumerate(rows) for piece in self._pieces(k, row)]
         placed = _arrange([len(piece.tokens) for piece in pieces], self.one_row)
         length = max(start + len(p.tokens) for p, (_, start) in zip(pieces, placed, strict=True))
+        length += -length % self.pad_to_multiple_of
         shape = (1 + max(row for row, _ in placed), length)
         input_ids = torch.full(shape, self.pad_token_id)
         position_ids = torch.zeros(shape, dtype=torch.int64)

@@ -140,7 +140,7 @@ class PackedAttention:
                 with ExitStack() as stack:
                     stack.enter_context(torch.no_grad())
                     stack.enter_context(evaluating(model))
-                    stack.enter_context(_small_window(self._config))
+                    stack.enter_context(small_window(self.core))
                     difference = _difference(self, model, prefix_sharing)
             except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
                 failures.append(f"{type(error).__name__}: {error}")
@@ -221,14 +221,18 @@ def _sequence_bounds(groups: Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def _small_window(config: Any) -> Iterator[None]:
-    """A sliding window, if there is one, of a few tokens."""
-    window = getattr(config, "sliding_window", None)
-    if not window:
-        yield
-        return
-    config.sliding_window = PROBE_WINDOW
+def small_window(core: nn.Module) -> Iterator[None]:
+    """The model's sliding window, if it has one, of a few tokens: in its configuration and in its layers."""
+    holders = [core.config.get_text_config(), *core.modules()]
+    windows = [
+        (holder, holder.sliding_window)
+        for holder in holders
+        if isinstance(getattr(holder, "sliding_window", None), int) and holder.sliding_window
+    ]
+    for holder, _ in windows:
+        holder.sliding_window = PROBE_WINDOW
     try:
         yield
     finally:
-        config.sliding_window = window
+        for holder, window in windows:
+            holder.sliding_window = window

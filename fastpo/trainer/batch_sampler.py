@@ -1,4 +1,4 @@
-"""Training with a sampler of whole batches: its loader, and its epoch."""
+"""Loaders: which rank gets which batches, and training with a sampler of whole batches and its epoch."""
 
 from __future__ import annotations
 
@@ -50,3 +50,23 @@ def prepared_loader(
         return accelerator.prepare(loader)  # type: ignore[no-any-return]
     finally:
         config.even_batches = even
+
+
+def deal(loader: Any, ranks: int, rank: int) -> Any:
+    """Let a loader that accelerate prepared give this process the batches of ``rank`` among ``ranks``.
+
+    Accelerate gives all processes batches of their own, or with ``cp_size`` in its parallelism the same ones to
+    those that share sequences. In a single process there is nothing to deal out.
+
+    Raises:
+        ValueError: a loader whose batches accelerate does not deal out.
+    """
+    shards = loader.batch_sampler
+    if hasattr(shards, "num_processes"):
+        shards.num_processes, shards.process_index = ranks, rank
+    elif ranks > 1:
+        raise ValueError(
+            f"train_sampling_strategy: its batches come from a {type(shards).__name__}, expected random or "
+            "sequential where processes share sequences"
+        )
+    return loader

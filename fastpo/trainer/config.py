@@ -167,6 +167,12 @@ class PreferenceConfig(RunConfig):
             "per_device_train_batch_size"
         },
     )
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "processes over which the tokens of each sequence are spread; they train on the same pairs"
+        },
+    )
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={
@@ -196,6 +202,14 @@ class PreferenceConfig(RunConfig):
             raise ValueError(
                 f"train_sampling_strategy: got {self.train_sampling_strategy!r}, expected random with "
                 "tokens_per_batch, which puts rows of like length together by itself"
+            )
+        size = self.sequence_parallel_size
+        if not (isinstance(size, int) and size >= 1):
+            raise ValueError(f"sequence_parallel_size: got {size!r}, expected an integer ≥ 1")
+        if size > 1 and self.method == "dnpo":
+            raise ValueError(
+                f"sequence_parallel_size: got {size}, expected 1 with method 'dnpo', whose penalty is taken "
+                "over whole sequences"
             )
         build_loss(self)  # checks what belongs to the loss
         check_noise_settings(self)

@@ -6,6 +6,7 @@ Everything behind the call (labels, losses, metrics) sees the same: log-probs (2
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,10 @@ class Layout:
             prefix_sharing=config.prefix_sharing,
             one_row=self._attention[0][1].one_row,
         )
+
+    def round_up(self, multiple: int) -> None:
+        """Make rows of a multiple of so many tokens."""
+        self.collator = replace(self.collator, pad_to_multiple_of=multiple)
 
     def add_copy(self, model: nn.Module) -> None:
         """Make ready for a copy of the first model."""

@@ -30,6 +30,8 @@ from transformers.utils import logging
 from fastpo.atomic_write import write_atomically
 from fastpo.ops.sequence_logprobs import sequence_sums
 
+from .batch_sampler import deal
+
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel
@@ -40,7 +42,7 @@ _LAYOUT = 1  # raise when the numbers or their layout change
 logger = logging.get_logger(__name__)
 
 
-def reference_logps(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+def reference_logps(model: Callable[..., Any], inputs: Mapping[str, Any]) -> Tensor:
     """Sequence log-probs (2B,) float64, nats, under a model with a fused head; without gradient.
 
     ``inputs`` are keywords of the model's forward, the labels among them.
@@ -204,6 +206,7 @@ def compute_logps(
     Arguments and errors are those of :func:`with_reference_logps`.
     """
     loader = accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))
+    loader = deal(loader, accelerator.num_processes, accelerator.process_index)
     parts = []
     for batch in tqdm(loader, desc="Reference log-probs", disable=not progress):
         pairs = logps(batch).view(2, -1).T.contiguous()  # (B, 2): gathered and trimmed by pairs

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from fastpo.losses import PreferenceOutput
 from fastpo.losses.noisy_reference import NoisyReference
 
 from . import reference
-from .batch_sampler import EpochOfSampler, prepared_loader
+from .batch_sampler import EpochOfSampler, deal, prepared_loader
 from .checkpoint import load_run_state
 from .config import DEFAULT_LOSS_SETTINGS, LOSS_FIELDS, PreferenceConfig, build_loss
 from .layout import Layout, label_positions, sequence_width, token_shares, tokens_read
@@ -33,6 +34,7 @@ from .noisy_head import NoisyHead
 from .plots import PlotCallback
 from .reference_file import Origin, read_reference_file, with_file_logps
 from .resumable import ResumableTrainer, listed_rows
+from .sequence_parallel import SequenceParallel
 
 if TYPE_CHECKING:
     import datasets
@@ -156,12 +158,23 @@ class PreferenceTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = False
         self._epoch_of_sampler = EpochOfSampler()
         self.add_callback(self._epoch_of_sampler)
-        distributed = self.accelerator.num_processes > 1
+        group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
+        self._sequence = SequenceParallel.of(args, self.accelerator, model, ref_model)
+        if self._sequence is not None:
+            if self.router_coefficient:
+                raise ValueError(
+                    f"router_aux_loss_coef: got {self.router_coefficient:g} with sequences spread over "
+                    f"{self._sequence.size} processes, expected 0: transformers takes the load-balancing loss "
+                    "over whole rows"
+                )
+            group = self._sequence.data_group
+            self.layout.round_up(self._sequence.size)
+            self.data_collator = self.layout.collator
         generator = None
         if args.method == "dnpo":
             self._check_noise(ref_model)
             generator = make_generator(ref_model or model, args)
-        self.loss_module = build_loss(args, dist.group.WORLD if distributed else None, generator)
+        self.loss_module = build_loss(args, group, generator)
         self.loss_module.to(args.device)
         self._noise: NoisePlayer | None = None
         if generator is not None:
@@ -207,17 +220,32 @@ class PreferenceTrainer(ResumableTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As transformers', or with ``tokens_per_batch`` batches of as many pairs as that allows."""
         if self.args.tokens_per_batch is None or self.train_dataset is None:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            return loader if self._sequence is None else self._sequence.deal(loader)
         sampler = TokenBudgetSampler(
             self.layout.tokens(self.train_dataset),
             self.args.tokens_per_batch,
             padded=not self.layout.packed,
-            ranks=self.accelerator.num_processes,
+            ranks=self.accelerator.num_processes
+            if self._sequence is None
+            else self._sequence.data_ranks,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
         self._epoch_of_sampler.sampler = sampler
         rows = self._remove_unused_columns(self.train_dataset, description="Training")
-        return prepared_loader(rows, sampler, self.data_collator, self.args, self.accelerator)
+        loader = prepared_loader(rows, sampler, self.data_collator, self.args, self.accelerator)
+        return loader if self._sequence is None else self._sequence.deal(loader)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As transformers'; every process has pairs of its own, also those that share sequences in training."""
+        loader = super().get_eval_dataloader(eval_dataset)
+        if self._sequence is None:
+            return loader
+        return deal(loader, self.accelerator.num_processes, self.accelerator.process_index)
+
+    def get_total_train_batch_size(self, args: PreferenceConfig) -> int:
+        """Pairs of an optimiser step, over all processes."""
+        return super().get_total_train_batch_size(args) // args.sequence_parallel_size
 
     def _set_signature_columns_if_needed(self) -> None:
         """The collator reads these columns, not the model's arguments."""
@@ -315,14 +343,14 @@ class PreferenceTrainer(ResumableTrainer):
         with self.accelerator.autocast():
             inputs = self.layout.inputs(self.ref_model or self.model, batch)
             if self.ref_model is not None:
-                return reference.reference_logps(self.ref_model, inputs)
+                return reference.reference_logps(self._around(self.ref_model), inputs)
             if not is_peft_model(self.model):
                 raise ValueError(
                     f"loss {self.args.loss_type!r} needs reference log-probs, which this data set lacks "
                     "(they were precomputed for the others)"
                 )
             with reference.base_model(self.model):
-                return reference.reference_logps(self.model, inputs)
+                return reference.reference_logps(self._around(self.model), inputs)
 
     def _precompute_reference(self) -> None:
         """Add the reference's log-probs to all data sets, and let go of its model unless noise needs it."""
@@ -402,6 +430,23 @@ class PreferenceTrainer(ResumableTrainer):
 
     # ---- Loss ----
 
+    def _around(self, model: nn.Module) -> Callable[..., Any]:
+        """What is called in the place of a model."""
+        return model if self._sequence is None else self._sequence.around(model)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a micro-step, see ``transformers.Trainer``."""
+        if self._sequence is None:
+            return super().training_step(*args, **kwargs)
+        with self._sequence.training():
+            return super().training_step(*args, **kwargs)
+
+    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: Any) -> Any:
+        # Transformers would cut the batch up for torch's ring attention, which knows no pairs.
+        if self._sequence is None:
+            return super()._prepare_context_parallel_inputs(model, inputs)
+        return nullcontext, inputs
+
     def _score(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> PreferenceOutput:
         """The loss of one micro-step, a router's auxiliary loss included."""
         labels = inputs["completion_labels"]
@@ -413,7 +458,7 @@ class PreferenceTrainer(ResumableTrainer):
         elif ref_logps is None and self.loss_module.spec.needs_reference:
             ref_logps = self._reference_logps(inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and player != "noise"):
-            outputs = model(
+            outputs = self._around(model)(
                 **self.layout.inputs(model, inputs),
                 **({"output_router_logits": True} if self.router_coefficient else {}),
             )
@@ -496,7 +541,8 @@ class PreferenceTrainer(ResumableTrainer):
                 if self.is_world_process_zero():
                     self._noise.watch(metrics["noise/sigma_peak"], self.state.global_step + 1)
             self._window.add(metrics, len(step.rows))
-            self._tokens_trained += int(step.tokens)
+            if self._sequence is None or self._sequence.rank == 0:  # the others read the same
+                self._tokens_trained += int(step.tokens)
         self._micro_steps = []
         return grad_norm
 

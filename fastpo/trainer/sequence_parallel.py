@@ -1,0 +1,199 @@
+"""Training with the tokens of each sequence spread over several ranks.
+
+The ranks are laid out as (data, sequence): the ``sequence_parallel_size`` ranks of a sequence group read the same
+pairs, run the model on their own part of every sequence (:mod:`fastpo.head.sequence_attention`) and score their
+own labels; the token log-probs of all of them make the loss, the same on each. Whatever averages gradients over
+all ranks (DDP, FSDP2, DeepSpeed) knows nothing of it: the sum over the group carries the factor that undoes the
+mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
+
+from fastpo.data.collator import IGNORE_INDEX
+from fastpo.head.sequence_attention import SequenceAttention, part_of
+from fastpo.ops.linear_logprobs import TokenStats
+
+from .batch_sampler import deal
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from .config import PreferenceConfig
+
+
+class SequenceParallel:
+    """The sequence groups of a run.
+
+    Args:
+        size: ranks that share a sequence.
+        device: kind of the ranks' devices.
+        models: policy and, where one is run, reference; see :class:`SequenceAttention`.
+
+    Attributes:
+        group: the ranks that share this one's sequences.
+        data_group: the ranks with this one's place in their groups; each has other pairs.
+
+    Raises:
+        ValueError: the ranks cannot be split up so, or a model cannot.
+    """
+
+    def __init__(self, size: int, device: str, *models: nn.Module) -> None:
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if ranks % size:
+            raise ValueError(
+                f"sequence_parallel_size: got {size} with {ranks} processes, expected a divisor of them"
+            )
+        mesh = init_device_mesh(device, (ranks // size, size), mesh_dim_names=("data", "sequence"))
+        self.size = size
+        self.group: ProcessGroup = mesh.get_group("sequence")
+        self.data_group: ProcessGroup = mesh.get_group("data")
+        self.data_ranks = ranks // size
+        self.data_rank = dist.get_rank(self.data_group)
+        self.rank = dist.get_rank(self.group)
+        self._attention = SequenceAttention(self.group, *models)
+        self._active = False
+
+    @classmethod
+    def of(
+        cls, args: PreferenceConfig, accelerator: Accelerator, *models: nn.Module | None
+    ) -> SequenceParallel | None:
+        """What a configuration asks for: by ``sequence_parallel_size``, or by accelerate's ``cp_size``.
+
+        Raises:
+            ValueError: both, or a parallelism of accelerate's that does not go with pairs.
+        """
+        size, parallelism = args.sequence_parallel_size, accelerator.parallelism_config
+        if parallelism is not None and parallelism.sp_enabled:
+            raise ValueError(
+                f"parallelism_config: got sp_size {parallelism.sp_size}, expected 1 and the field "
+                f"sequence_parallel_size: {parallelism.sp_size}; DeepSpeed's own attention takes batches of one "
+                "size and drops masks"
+            )
+        if parallelism is not None and parallelism.cp_enabled:
+            if size not in (1, parallelism.cp_size):
+                raise ValueError(
+                    f"sequence_parallel_size: got {size} with cp_size {parallelism.cp_size} in "
+                    "parallelism_config, expected the same or 1"
+                )
+            if parallelism.tp_enabled:
+                raise ValueError(
+                    f"parallelism_config: got cp_size {parallelism.cp_size} and tp_size {parallelism.tp_size}, "
+                    "expected one of them"
+                )
+            if args.padding_free or args.prefix_sharing:
+                raise ValueError(
+                    f"parallelism_config: got cp_size {parallelism.cp_size} with packed rows, expected 1 and "
+                    f"the field sequence_parallel_size: {parallelism.cp_size}; accelerate takes masks away"
+                )
+            size = parallelism.cp_size
+        if size == 1:
+            return None
+        return cls(size, args.device.type, *(model for model in models if model is not None))
+
+    def deal(self, loader: Any) -> Any:
+        """Let a loader of accelerate's give the same batches to all ranks of a group."""
+        return deal(loader, self.data_ranks, self.data_rank)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """A forward and backward on parts of sequences; outside, models run on whole ones."""
+        self._active = True
+        try:
+            with self._attention.active():
+                yield
+        finally:
+            self._active = False
+
+    def around(self, model: nn.Module) -> Callable[..., Any]:
+        """``model`` under a fused head, called with whole sequences: in training it runs on this rank's part."""
+        if not self._active:
+            return model
+
+        def run(**inputs: Any) -> Any:
+            part, places = self._part(inputs)
+            output = model(**part)
+            shape = inputs["labels"].shape
+            output.log_probs = _Sum.apply(_placed(output.log_probs, places, shape), self.group)
+            if output.token_stats is not None:
+                output.token_stats = self._stats(output.token_stats, part["labels"], places, shape)
+            return output
+
+        return run
+
+    def _part(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        """This rank's keywords, and the places (…) of its labels among all (flattened)."""
+        part = part_of(inputs, self.rank, self.size)
+        labels, count = inputs["labels"], part["input_ids"].shape[1]
+        first = self.rank * count
+        numbers = torch.arange(labels.numel(), device=labels.device).view(labels.shape)
+        if "hidden_index" not in inputs:
+            here = slice(first, first + count)
+            return {**part, "labels": labels[:, here]}, numbers[:, here]
+        row, at = (
+            inputs["hidden_index"] // (count * self.size),
+            inputs["hidden_index"] % (count * self.size),
+        )
+        own = (labels != IGNORE_INDEX) & (at // count == self.rank)
+        if not own.any():  # the head runs on all ranks or on none: a place that scores nothing
+            nothing = labels.new_full((1,), IGNORE_INDEX)
+            return {**part, "labels": nothing, "hidden_index": torch.zeros_like(nothing)}, numbers[
+                :1, 0
+            ]
+        index = (row * count + at - first)[own]
+        return {**part, "labels": labels[own], "hidden_index": index}, numbers[own]
+
+    def _stats(
+        self, stats: TokenStats, labels: Tensor, places: Tensor, shape: torch.Size
+    ) -> TokenStats:
+        """Of all labels, from each rank's own."""
+        by_token = torch.stack(
+            [
+                _placed(part.detach().float(), places, shape)
+                for part in (stats.entropy, stats.top1, stats.logit_mean)
+            ]
+        )
+        dist.all_reduce(by_token, group=self.group)
+        entropy, top1, logit_mean = by_token.unbind()
+        count = (labels != IGNORE_INDEX).sum()
+        sums = torch.stack([count, stats.active_fraction * count, stats.dense_rows]).double()
+        dist.all_reduce(sums, group=self.group)
+        dropped = stats.dropped_mass_max.detach().clone()
+        dist.all_reduce(dropped, dist.ReduceOp.MAX, group=self.group)
+        return TokenStats(
+            entropy, top1 > 0, logit_mean, dropped,
+            (sums[1] / sums[0].clamp_min(1)).to(stats.active_fraction.dtype), sums[2].long(),
+        )  # fmt: skip
+
+
+def _placed(values: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """``values`` at their places in zeros of ``shape``; differentiable."""
+    zeros = values.new_zeros(shape.numel())
+    return zeros.index_put((places.flatten(),), values.flatten()).view(shape)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks of a group, each of which computes the same loss of it.
+
+    The gradient is n times that of the loss, for n ranks: what each adds to a parameter's is then averaged.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.size = dist.get_world_size(group)
+        total = own.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.size, None

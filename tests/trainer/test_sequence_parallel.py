@@ -1,0 +1,91 @@
+"""Sequences in parts on two and four ranks against whole ones: log-probs, statistics, all gradients."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sequence_ranks_worker
+
+from fastpo.head.sequence_attention import part_of
+from fastpo.ops.certified import DEFAULT_TOL
+from fastpo.trainer import PreferenceConfig
+
+ROOT = str(Path(__file__).resolve().parents[2])
+EXACT = 5e-6  # of float32 sums taken in another order
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
+    """The number of ranks, and what ``sequence_ranks_worker`` writes."""
+    ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
+    paths = (ROOT, os.environ.get("PYTHONPATH", ""))
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }  # fmt: skip
+    command = [sys.executable, sequence_ranks_worker.__file__, str(ranks), str(folder)]
+    subprocess.run(command, env=environment, check=True, timeout=240)
+    return ranks, json.loads((folder / f"found-{ranks}.json").read_text())
+
+
+def test_parts_equal_the_whole(found: tuple[int, dict[str, Any]]) -> None:
+    ranks, cases = found
+    compared = [name for name in cases if any(family in name for family in ("Llama", "GPT-2"))]
+    compared += [n for n in cases if n.startswith(("Qwen3 ", "Mistral ", "Gemma3 "))]
+    assert len(compared) == (17 if ranks == 2 else 9)
+    for name in compared:
+        for kind, difference in cases[name].items():
+            if not kind.endswith("itself"):
+                assert difference <= EXACT, (name, kind)
+
+
+def test_a_certified_backward_keeps_its_promise_in_parts(
+    found: tuple[int, dict[str, Any]],
+) -> None:
+    seen = found[1]["certified"]
+    assert 0 < seen["dropped itself"] <= DEFAULT_TOL
+    assert 0 < seen["active share itself"] <= 1
+    assert seen["log-probs"] <= EXACT
+    assert 0 < seen["gradient"] <= 4 * DEFAULT_TOL  # parts have other blocks of rows
+
+
+def test_a_planted_fault_is_seen(found: tuple[int, dict[str, Any]]) -> None:
+    for fault in sequence_ranks_worker.FAULTS:
+        largest = max(found[1][fault]["log-probs"], found[1][fault]["gradient"])
+        assert largest > 1000 * EXACT, fault
+
+
+def test_what_cannot_be_served_is_refused(found: tuple[int, dict[str, Any]]) -> None:
+    ranks, messages = found[0], found[1]["refusals"]
+    start = f"sequence_parallel_size: got {ranks}"
+    assert messages["heads"].startswith(f"{start}, expected a divisor of the 3 attention heads")
+    assert messages["eager"].startswith(f"{start} with attn_implementation 'eager'")
+    assert "does not give the parts of a sequence what it gives the whole" in messages["recurrent"]
+    assert messages["ranks"] == (
+        f"sequence_parallel_size: got {ranks + 1} with {ranks} processes, expected a divisor of them"
+    )
+
+
+@pytest.mark.parametrize("size", [0, -2, 1.5, "two"])
+def test_a_size_that_is_none(size: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"sequence_parallel_size: got .*, expected an integer ≥ 1"
+    ):
+        PreferenceConfig(sequence_parallel_size=size, use_cpu=True)
+
+
+def test_noise_is_not_taken_in_parts() -> None:
+    with pytest.raises(ValueError, match="sequence_parallel_size: got 2, expected 1 with method"):
+        PreferenceConfig(sequence_parallel_size=2, method="dnpo", use_cpu=True)
+
+
+def test_tokens_that_cannot_be_shared_out() -> None:
+    import torch
+
+    with pytest.raises(ValueError, match="input_ids: got 5 tokens, expected a multiple of 2"):
+        part_of({"input_ids": torch.zeros(1, 5, dtype=torch.int64)}, 0, 2)
