@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedModel
 
 from fastpo.head.causal_lm import find_causal_lm
 from fastpo.head.tail import evaluating
@@ -221,7 +222,7 @@ def _sequence_bounds(groups: Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def small_window(core: nn.Module) -> Iterator[None]:
+def small_window(core: PreTrainedModel) -> Iterator[None]:
     """The model's sliding window, if it has one, of a few tokens: in its configuration and in its layers."""
     holders = [core.config.get_text_config(), *core.modules()]
     windows = [

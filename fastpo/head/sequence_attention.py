@@ -1,14 +1,14 @@
 """Attention of sequences whose tokens are spread over the ranks of a group.
 
-Every layer but attention works token by token, so that a rank can run a model on its own part of each sequence.
-Around attention the ranks change places (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv 2309.14509): from all heads
-of t of the n·t tokens to h/n heads of all tokens, one all-to-all before attention and one after it. In between
-the model's own attention function runs as it always does, on whole sequences, so that any mask, sliding windows
-and flash-attn's sequence bounds keep their meaning.
+Every layer but attention works token by token, so that a rank can run a model on its own part of each
+sequence. Around attention the ranks change places (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv 2309.14509):
+from all heads of t of the n·t tokens to h/n heads of all tokens, by all-to-alls before attention and one after
+it. In between the model's own attention function runs as it always does, on whole sequences, so that any mask,
+sliding windows and flash-attn's sequence bounds keep their meaning.
 
 The functions are replaced in transformers' registry, for all models and threads, while
-:meth:`SequenceAttention.active` lasts: a checkpointed layer is run again in the backward, on CUDA by a thread of
-autograd's.
+:meth:`SequenceAttention.active` lasts: a checkpointed layer is run again in the backward, on CUDA by a thread
+of autograd's.
 """
 
 from __future__ import annotations

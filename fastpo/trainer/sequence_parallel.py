@@ -1,10 +1,10 @@
 """Training with the tokens of each sequence spread over several ranks.
 
-The ranks are laid out as (data, sequence): the ``sequence_parallel_size`` ranks of a sequence group read the same
-pairs, run the model on their own part of every sequence (:mod:`fastpo.head.sequence_attention`) and score their
-own labels; the token log-probs of all of them make the loss, the same on each. Whatever averages gradients over
-all ranks (DDP, FSDP2, DeepSpeed) knows nothing of it: the sum over the group carries the factor that undoes the
-mean.
+The ranks are laid out as (data, sequence): the ``sequence_parallel_size`` ranks of a sequence group read the
+same pairs, run the model on their own part of every sequence (:mod:`fastpo.head.sequence_attention`) and score
+their own labels; the token log-probs of all of them make the loss, the same on each. Whatever averages
+gradients over all ranks (DDP, FSDP2, DeepSpeed) knows nothing of it: the sum over the group carries the factor
+that undoes the mean.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class SequenceParallel:
         if parallelism is not None and parallelism.sp_enabled:
             raise ValueError(
                 f"parallelism_config: got sp_size {parallelism.sp_size}, expected 1 and the field "
-                f"sequence_parallel_size: {parallelism.sp_size}; DeepSpeed's own attention takes batches of one "
-                "size and drops masks"
+                f"sequence_parallel_size: {parallelism.sp_size}; DeepSpeed's own attention takes batches of "
+                "one size and drops masks"
             )
         if parallelism is not None and parallelism.cp_enabled:
             if size not in (1, parallelism.cp_size):
@@ -115,7 +115,10 @@ class SequenceParallel:
             self._active = False
 
     def around(self, model: nn.Module) -> Callable[..., Any]:
-        """``model`` under a fused head, called with whole sequences: in training it runs on this rank's part."""
+        """What is called in the place of ``model``, with whole sequences: in training it runs on this rank's part.
+
+        ``model`` is under a fused head; ``log_probs`` and ``token_stats`` are those of all labels.
+        """
         if not self._active:
             return model
 
