@@ -115,7 +115,7 @@ class SequenceParallel:
             self._active = False
 
     def around(self, model: nn.Module) -> Callable[..., Any]:
-        """What is called in the place of ``model``, with whole sequences: in training it runs on this rank's part.
+        """What is called in the place of ``model``, with whole sequences; in training it runs it on a part.
 
         ``model`` is under a fused head; ``log_probs`` and ``token_stats`` are those of all labels.
         """
