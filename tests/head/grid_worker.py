@@ -1,7 +1,7 @@
 """The ranks of test_vocab_parallel_training.py: a model whose head is spread over some ranks trains on a grid.
 
-python grid_worker.py RANKS OUT. Every rank also trains the whole model on all pairs by itself, and writes how far
-the losses, gradients and weights of the two are apart.
+python grid_worker.py RANKS OUT. Every rank also trains the whole model on all pairs by itself, and writes how
+far the losses, gradients and weights of the two are apart.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def rows_of_head(group: ProcessGroup | None) -> slice:
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
-    """(2·PAIRS, TOKENS) ids and shifted labels of every micro-step, chosen first; prompts of different length."""
+    """(2·PAIRS, TOKENS) ids and shifted labels of every micro-step, chosen first; prompts of many lengths."""
     torch.manual_seed(3)
     made = []
     for _ in range(STEPS * MICRO_STEPS):

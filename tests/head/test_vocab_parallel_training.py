@@ -1,4 +1,4 @@
-"""A model whose head is spread over ranks, beside other pairs or other tokens on further ranks, against one process.
+"""A model whose head is spread over ranks, beside other pairs or tokens on further ranks, against one process.
 
 γ-SimPO over three optimiser steps of two micro-steps: losses, all gradients, weights.
 """
