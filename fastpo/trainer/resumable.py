@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from fastpo.rank_watch import watch_ranks
+
 from .checkpoint import (
     STATE_FILE,
     RunState,
@@ -131,6 +133,7 @@ class ResumableTrainer(Trainer):
             return rows
         return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
 
+    @watch_ranks()
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -161,6 +164,7 @@ class ResumableTrainer(Trainer):
     def _total_tokens(self) -> int:
         return sum(gather_object([self._tokens_trained]))
 
+    @watch_ranks()
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train, or go on from a checkpoint.
 

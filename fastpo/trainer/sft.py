@@ -19,6 +19,7 @@ from transformers import set_seed
 from fastpo.data import DataReport, ExampleCollator, load_examples, tokenize_examples
 from fastpo.head import FusedHead
 from fastpo.head.causal_lm import find_causal_lm
+from fastpo.rank_watch import watch_ranks
 
 from .launch import check_sources, model_to_train, run_to_its_end
 from .model import checked_name, disable_dropout, load_tokenizer
@@ -225,6 +226,7 @@ def _token_means(outputs: Any, kept: Tensor, count: int) -> dict[str, float]:
     }
 
 
+@watch_ranks()
 def fine_tune(config: SFTConfig) -> SFTTrainer:
     """Run the job that ``config`` describes; ``output_dir`` afterwards holds what :func:`fastpo.trainer.train`
     leaves there.

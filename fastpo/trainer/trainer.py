@@ -21,6 +21,7 @@ from fastpo.head import FusedHead
 from fastpo.head.causal_lm import find_causal_lm
 from fastpo.losses import PreferenceOutput
 from fastpo.losses.noisy_reference import NoisyReference
+from fastpo.rank_watch import watch_ranks
 
 from . import reference
 from .batch_sampler import EpochOfSampler, prepared_loader
@@ -324,6 +325,7 @@ class PreferenceTrainer(ResumableTrainer):
             with reference.base_model(self.model):
                 return reference.reference_logps(self.model, inputs)
 
+    @watch_ranks()
     def _precompute_reference(self) -> None:
         """Add the reference's log-probs to all data sets, and let go of its model unless noise needs it."""
         frozen = self.ref_model
