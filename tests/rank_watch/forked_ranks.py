@@ -1,15 +1,8 @@
-"""Ranks of tests/rank_watch/test_rank_watch.py: forked from one process, since importing torch takes longest.
-
-    forked_ranks.py FOLDER SCENARIO…
-
-runs the scenarios after each other and writes FOLDER/results.json: scenario → for each rank its exit status
-(minus a signal's number; None: it had to be killed), what it wrote on stderr, and when it ended, in seconds.
-"""
+"""What three ranks do in tests/rank_watch/test_rank_watch.py: ``forked_ranks.py FOLDER`` runs all scenarios."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -19,14 +12,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked import run_scenarios
 
 from fastpo import rank_watch
 from fastpo.rank_watch import watch_ranks
 
 RANKS = 3
 GRACE = 1.0
-PATIENCE = 8.0  # seconds that a scenario may take
-PATIENCE_UNWATCHED = 3.0  # for what takes forever
+PATIENCE = 25.0  # seconds that a scenario may take
+PATIENCE_UNWATCHED = 8.0  # for what takes forever
 
 
 def meet() -> None:
@@ -155,56 +149,25 @@ SCENARIOS: dict[str, Callable[[int], None]] = {
 }  # fmt: skip
 
 
-def run_rank(scenario: str, rank: int, folder: Path) -> None:
-    """In a child: never returns."""
-    status = 1
-    try:
-        with (folder / f"{scenario}-{rank}.err").open("w") as file:
-            os.dup2(file.fileno(), 2)
-        os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / f"{scenario}-{rank}.json")
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
+def prepared(scenario: Callable[[int], None]) -> Callable[[int], None]:
+    """With a process group, and the short grace."""
+
+    def run(rank: int) -> None:
         rank_watch.GRACE = GRACE
         torch.set_num_threads(1)
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/{scenario}", rank=rank, world_size=RANKS
-        )
-        SCENARIOS[scenario](rank)
-        status = 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+        store = os.environ["SCENARIO_STORE"]
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+        scenario(rank)
 
-
-def run(scenario: str, folder: Path) -> list[tuple[int | None, str, float]]:
-    began = time.monotonic()
-    patience = PATIENCE_UNWATCHED if scenario == "unwatched" else PATIENCE
-    ranks = {}
-    for rank in range(RANKS):
-        child = os.fork()
-        if child == 0:
-            run_rank(scenario, rank, folder)
-        ranks[child] = rank
-    ended: dict[int, tuple[int, float]] = {}
-    while len(ended) < RANKS and time.monotonic() - began < patience:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child in ranks:
-            ended[ranks[child]] = os.waitstatus_to_exitcode(status), time.monotonic() - began
-        time.sleep(0.02)
-        if scenario == "raises_and_stays" and len(ended) == RANKS - 1:
-            break
-    for child, rank in ranks.items():
-        if rank not in ended:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-    return [
-        (*ended.get(rank, (None, patience)), (folder / f"{scenario}-{rank}.err").read_text())
-        for rank in range(RANKS)
-    ]  # type: ignore[return-value]
+    return run
 
 
 if __name__ == "__main__":
-    where, *names = sys.argv[1:]
-    results = {name: run(name, Path(where)) for name in names}
-    Path(where, "results.json").write_text(json.dumps(results))
+    run_scenarios(
+        {name: prepared(scenario) for name, scenario in SCENARIOS.items()},
+        Path(sys.argv[1]),
+        RANKS,
+        patience=lambda name: PATIENCE_UNWATCHED if name == "unwatched" else PATIENCE,
+        may_stay={"raises_and_stays": 1},
+        at_once=len(SCENARIOS),
+    )

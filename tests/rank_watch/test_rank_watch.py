@@ -15,11 +15,7 @@ import pytest
 import fastpo
 from fastpo import rank_watch
 
-SCENARIOS = [
-    "main_dies", "other_dies", "exits", "raises", "raises_and_stays", "unwatched", "all_raise", "slow",
-    "forked_child_lives_on", "leaves_first", "inside_another", "unreachable",
-]  # fmt: skip
-SOON = 6.0  # seconds to start, to fail, to wait for GRACE = 1, and to end, on a busy machine
+SOON = 20.0  # seconds to start, to fail, to wait for GRACE = 1, and to end, on a busy machine
 Results = dict[str, list[tuple[int | None, float, str]]]
 
 
@@ -38,7 +34,7 @@ def results(folder: Path) -> Results:
     }
     script = Path(__file__).with_name("forked_ranks.py")
     subprocess.run(
-        [sys.executable, str(script), str(folder), *SCENARIOS],
+        [sys.executable, str(script), str(folder)],
         env=environment,
         check=True,
         timeout=150,
