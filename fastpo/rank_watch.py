@@ -65,7 +65,7 @@ def watch_ranks() -> Iterator[None]:
         # Gloo and NCCL raise a plain RuntimeError, or a subclass that torch.distributed declares.
         if type(error) is RuntimeError or isinstance(error, dist.DistError):
             cause = watch.cause(NEWS_WAIT)
-            if cause is not None:
+            if cause is not None and _one_line(error) not in cause:  # not the same that others met
                 raise RankFailure(cause) from error
         watch.say_failed(error)
         raise
@@ -138,8 +138,7 @@ class _Watch:
 
     def say_failed(self, error: BaseException) -> None:
         """Tell the others that this process fails."""
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:MESSAGE_LIMIT]
-        self._tell({"failed": f"rank {self.rank} ({_own_name()}) failed: {text}"})
+        self._tell({"failed": f"rank {self.rank} ({_own_name()}) failed: {_one_line(error)}"})
 
     def leave(self) -> None:
         """Take leave of the others, and stop listening."""
@@ -223,6 +222,10 @@ def _forget_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MESSAGE_LIMIT]
 
 
 def _own_name() -> str:

@@ -8,6 +8,7 @@ finite.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -66,6 +67,10 @@ class ResumableTrainer(Trainer):
                 f"one process sees {args.n_gpu} GPUs and uses only the first; `accelerate launch` uses all"
             )
             args._n_gpu = 1
+        if args.gradient_checkpointing and _launcher_checkpoints():
+            # Transformers refuses both. A run's settings need not know how it is launched.
+            logger.info("gradient_checkpointing is left to FSDP, as the launch configuration says")
+            args.gradient_checkpointing = args.activation_checkpointing = False
         self._tokens_trained = 0  # by this rank
         self._window = MetricWindow()
         self._eval_window = MetricWindow()
@@ -277,6 +282,14 @@ class ResumableTrainer(Trainer):
             super()._save(output_dir, state_dict=state_dict)
         finally:
             self.args.hub_token = token
+
+
+def _launcher_checkpoints() -> bool:
+    """Whether `accelerate launch` was told to shard by FSDP with activation checkpointing."""
+    return all(
+        os.environ.get(name, "").lower() == "true"
+        for name in ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING")
+    )
 
 
 def listed_rows(rows: list[Tensor]) -> str:

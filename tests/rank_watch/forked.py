@@ -18,7 +18,7 @@ Ended = tuple[int | None, float, str]
 def run_scenarios(
     scenarios: Mapping[str, Scenario],
     folder: Path,
-    ranks: int,
+    ranks: Mapping[str, int],
     *,
     patience: Callable[[str], float],
     may_stay: Mapping[str, int],
@@ -27,8 +27,8 @@ def run_scenarios(
     """Run them and write ``folder/results.json``: scenario → of each rank its :data:`Ended`.
 
     That is its exit status (minus a signal's number; None: it had to be killed), after how many seconds, and
-    what it wrote on stderr. ``patience``: of a scenario, in seconds. ``may_stay``: scenario → a rank that is
-    not waited for. ``at_once``: how many run at the same time.
+    what it wrote on stderr. ``ranks``: how many a scenario has. ``patience``: of a scenario, in seconds.
+    ``may_stay``: scenario → a rank that is not waited for. ``at_once``: how many run at the same time.
     """
     waiting = dict(scenarios)
     going: list[_Running] = []
@@ -36,7 +36,7 @@ def run_scenarios(
     while waiting or going:
         while waiting and len(going) < at_once:
             name = next(iter(waiting))
-            going.append(_Running(name, waiting.pop(name), folder, ranks))
+            going.append(_Running(name, waiting.pop(name), folder, ranks[name]))
         for running in going:
             if not running.look(patience(running.name), may_stay.get(running.name)):
                 results[running.name] = running.results()

@@ -84,6 +84,13 @@ def all_raise(rank: int) -> None:
     meet()
 
 
+def all_raise_alike(rank: int) -> None:
+    """The kind of error that waits for news of a cause: that others met it too is none."""
+    with watch_ranks():
+        time.sleep(0.1 * rank)
+        raise RuntimeError("no such operator")
+
+
 def slow(rank: int) -> None:
     """A process that stands still for long, and one that keeps Python's lock, are no dead ones."""
     with watch_ranks():
@@ -143,7 +150,7 @@ def unreachable(rank: int) -> None:
 SCENARIOS: dict[str, Callable[[int], None]] = {
     f.__name__: f
     for f in (
-        main_dies, other_dies, exits, raises, raises_and_stays, unwatched, all_raise, slow,
+        main_dies, other_dies, exits, raises, raises_and_stays, unwatched, all_raise, all_raise_alike, slow,
         forked_child_lives_on, leaves_first, inside_another, unreachable,
     )
 }  # fmt: skip
@@ -166,7 +173,7 @@ if __name__ == "__main__":
     run_scenarios(
         {name: prepared(scenario) for name, scenario in SCENARIOS.items()},
         Path(sys.argv[1]),
-        RANKS,
+        dict.fromkeys(SCENARIOS, RANKS),
         patience=lambda name: PATIENCE_UNWATCHED if name == "unwatched" else PATIENCE,
         may_stay={"raises_and_stays": 1},
         at_once=len(SCENARIOS),

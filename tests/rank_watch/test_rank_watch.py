@@ -83,6 +83,13 @@ def test_no_false_alarm(results: Results, scenario: str) -> None:
     assert results[scenario][1][1] > 1.0  # longer than the grace
 
 
+def test_an_error_that_all_meet_is_everyones_own(results: Results) -> None:
+    for ended, _, stderr in results["all_raise_alike"]:
+        assert ended == 1
+        assert stderr.strip().endswith("RuntimeError: no such operator")
+        assert "RankFailure" not in stderr
+
+
 def test_a_process_without_connection_warns_and_runs(results: Results) -> None:
     for rank, (ended, _, stderr) in enumerate(results["unreachable"]):
         assert ended == 0, stderr
