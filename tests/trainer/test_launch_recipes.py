@@ -46,12 +46,8 @@ EXPECTED: dict[str, dict[str, str]] = {
     "zero3-1x8": ZERO3,
     "zero3-2x8": ZERO3,
 }
-TRAINED = {
-    "fsdp2-1x8": 2,
-    "fsdp2-2x8": 4,
-    "zero3-1x8": 2,
-}  # ranks
-POISONED = ["fsdp2-1x8", "zero3-1x8"]
+RANKS = {"fsdp2-1x8": 2, "fsdp2-2x8": 4, "zero3-1x8": 2}
+TRAINED = ["fsdp2-1x8", "zero3-1x8"]
 Results = dict[str, list[tuple[int | None, float, str]]]
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -103,14 +99,11 @@ def test_a_key_that_accelerate_does_not_know_is_found(tmp_path: Path) -> None:
     assert without_effect(path) == ["fsdp_reshard_after_backward"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("launched")
+def launched(folder: Path, checkpoint: Path, runs: list[tuple[str, bool]]) -> Results:
+    """The Llama recipe on a tiny model: configuration → (status, seconds, stderr) of each rank.
 
-
-@pytest.fixture(scope="module")
-def results(folder: Path, checkpoint: Path) -> Results:
-    """The Llama recipe on a tiny model: scenario → (status, seconds, stderr) of each rank."""
+    A run is a launch configuration and whether rank 1 gets a NaN, which is then in the name of its result.
+    """
     draw = random.Random(3)
     with (folder / "train.jsonl").open("w") as file:
         for _ in range(32):
@@ -118,10 +111,10 @@ def results(folder: Path, checkpoint: Path) -> Results:
             row = {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(a + b + 3)}
             file.write(json.dumps(row) + "\n")
     jobs = {}
-    runs = [(n, n, False) for n in TRAINED] + [(f"{n}-poisoned", n, True) for n in POISONED]
-    for name, config, poisoned in runs:
+    for config, poisoned in runs:
         if "zero" in config and find_spec("deepspeed") is None:
             continue
+        name = f"{config}-poisoned" if poisoned else config
         words = ["train", "--config", str(RECIPES / "llama-3-8b-instruct-gamma-simpo.yaml")]
         for option in (
             f"model_name_or_path={checkpoint}", f"dataset={folder / 'train.jsonl'}", "dataset_split=null",
@@ -132,7 +125,7 @@ def results(folder: Path, checkpoint: Path) -> Results:
             words += [f"--{option}"]
         jobs[name] = [
             str(RECIPES / "accelerate" / f"{config}.yaml"),
-            TRAINED[config],
+            RANKS[config],
             words,
             poisoned,
         ]
@@ -149,9 +142,19 @@ def results(folder: Path, checkpoint: Path) -> Results:
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("name", marked(list(TRAINED)))
-def test_a_sharded_configuration_trains(name: str, results: Results, folder: Path) -> None:
-    assert [status for status, _, _ in results[name]] == [0] * TRAINED[name], results[name][0][2]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("launched")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, checkpoint: Path) -> Results:
+    runs = [(name, False) for name in TRAINED] + [(name, True) for name in TRAINED]
+    return launched(folder, checkpoint, runs)
+
+
+def check_trained(name: str, ranks: list[tuple[int | None, float, str]], folder: Path) -> None:
+    assert [status for status, _, _ in ranks] == [0] * RANKS[name], ranks[0][2]
     history = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     norms = [entry["grad_norm"] for entry in history if "grad_norm" in entry]
@@ -160,7 +163,18 @@ def test_a_sharded_configuration_trains(name: str, results: Results, folder: Pat
     assert all(norm > 0 for norm in norms)
 
 
-@pytest.mark.parametrize("name", marked(POISONED))
+@pytest.mark.parametrize("name", marked(TRAINED))
+def test_a_sharded_configuration_trains(name: str, results: Results, folder: Path) -> None:
+    check_trained(name, results[name], folder)
+
+
+@pytest.mark.slow
+def test_a_hybrid_configuration_trains(tmp_path: Path, checkpoint: Path) -> None:
+    results = launched(tmp_path, checkpoint, [("fsdp2-2x8", False)])
+    check_trained("fsdp2-2x8", results["fsdp2-2x8"], tmp_path)
+
+
+@pytest.mark.parametrize("name", marked(TRAINED))
 def test_a_bad_number_is_blamed_on_its_rank(name: str, results: Results) -> None:
     """The gradient of all ranks is NaN then, and under a dynamic margin so is the loss of all."""
     for status, _, stderr in results[f"{name}-poisoned"]:
