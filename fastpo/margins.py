@@ -6,7 +6,9 @@ are in ``fastpo.kernels.margins_torch`` and ``fastpo.kernels.margins_triton``.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,7 +126,8 @@ class DynamicMargin(nn.Module):
 
     Raises:
         TypeError: a size or seed that is not an integer.
-        ValueError: an argument out of range; loading a state with another ``queue_size``.
+        ValueError: an argument out of range; loading a state with another ``queue_size``; in a call, on all
+            ranks: settings, mode or state that are not the same on all of them (see :meth:`forward`).
     """
 
     queue: Tensor
@@ -164,6 +167,7 @@ class DynamicMargin(nn.Module):
         self.group = group
         self.queued = 0  # gaps, since the beginning
         self.draws = 0
+        self._loaded = 0  # digest of the queue that was loaded, 0 if none was
         self.register_buffer("queue", torch.zeros(self.queue_size, dtype=torch.float64))
 
     def extra_repr(self) -> str:
@@ -182,11 +186,16 @@ class DynamicMargin(nn.Module):
         Where a gap is not finite, all γ and hence the loss are NaN, for the training loop to see; under
         ``FASTPO_CHECK=1`` it is an error here.
 
+        Ranks must solve the same problem. Together with how many gaps it brings each tells the others its
+        settings, γ0, its counters and a digest of the queue that it loaded; all ranks raise where these differ.
+        What entered the queues since then was gathered, and is the same.
+
         Raises:
-            TypeError, ValueError: as :func:`fastpo.solve_margins`.
+            TypeError, ValueError: as :func:`fastpo.solve_margins`; ValueError also where the ranks differ,
+                naming what differs and on which of them.
         """
         _check_arguments(gaps, gamma0)
-        known, first = self._all_ranks(gaps.detach())
+        known, first = self._all_ranks(gaps.detach(), float(gamma0))
         context = self.context(known.numel())
         joined = torch.cat([known.double(), context.to(known.device)])
         joined = torch.where(torch.isfinite(joined).all(), joined, torch.nan)
@@ -231,16 +240,30 @@ class DynamicMargin(nn.Module):
         positions = torch.from_numpy(np.asarray(numbers % max(self.queue_size, 1), dtype=np.int64))
         return positions.to(self.queue.device, non_blocking=True)
 
-    def _all_ranks(self, gaps: Tensor) -> tuple[Tensor, int]:
+    def _all_ranks(self, gaps: Tensor, gamma0: float) -> tuple[Tensor, int]:
         """The gaps of all ranks in rank order, and where this rank's begin."""
         ranks = self.ranks
         if ranks == 1:
             return gaps, 0
         on_host = "cpu" in dist.get_backend_config(self.group)
-        own = torch.tensor([gaps.numel()], device="cpu" if on_host else gaps.device)
-        counts = own.new_empty(ranks)
-        dist.all_gather_into_tensor(counts, own, group=self.group)
-        sizes = counts.tolist()
+        facts = self._facts(gamma0)
+        own = torch.tensor(
+            [gaps.numel(), *map(_to_integer, facts.values())],
+            device="cpu" if on_host else gaps.device,
+        )
+        brought = own.new_empty(ranks * len(own))
+        dist.all_gather_into_tensor(brought, own, group=self.group)
+        sizes, *columns = zip(*brought.view(ranks, -1).tolist(), strict=True)
+        members = dist.get_process_group_ranks(self.group)
+        for column, (name, value) in zip(columns, facts.items(), strict=True):
+            if len(set(column)) > 1:
+                found = (_from_integer(integer, value) for integer in column)
+                raise ValueError(
+                    f"DynamicMargin: the ranks differ in {name}, expected the same on all: got "
+                    + ", ".join(
+                        f"{x} on rank {rank}" for x, rank in zip(found, members, strict=True)
+                    )
+                )
         width = max(sizes)
         padded = gaps.new_zeros(width)
         padded[: gaps.numel()] = gaps
@@ -248,6 +271,22 @@ class DynamicMargin(nn.Module):
         dist.all_gather_into_tensor(gathered, padded, group=self.group)
         parts = [part[:size] for part, size in zip(gathered.split(width), sizes, strict=True)]
         return torch.cat(parts), sum(sizes[: dist.get_rank(self.group)])
+
+    def _facts(self, gamma0: float) -> dict[str, float | int | str]:
+        """What must be the same on all ranks, by name."""
+        return {
+            "tau": float(self.tau),
+            "gamma0": gamma0,
+            "scope": self.scope,
+            "solver": self.solver,
+            "queue_size": self.queue_size,
+            "sample_size": self.sample_size,
+            "seed": self.seed,
+            "training mode": int(self.training),
+            "the number of gaps queued": self.queued,
+            "the number of draws": self.draws,
+            "the queue that was loaded (its digest, 0: none)": self._loaded,
+        }
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self.queued, self.draws, self.seed])
@@ -263,6 +302,24 @@ class DynamicMargin(nn.Module):
                 "(0: scope 'batch')"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if saved is not None:
+            held = self.queue.detach().double().cpu()
+            digest = hashlib.sha256(held.numpy().tobytes()).digest()[:7] if held.any() else b""
+            self._loaded = int.from_bytes(digest, "big")
+
+
+def _to_integer(value: float | int | str) -> int:
+    """A setting as an int64, one for one."""
+    if isinstance(value, float):
+        return int(struct.unpack("<q", struct.pack("<d", value))[0])
+    return (*SCOPES, *SOLVERS).index(value) if isinstance(value, str) else value
+
+
+def _from_integer(integer: int, like: float | int | str) -> float | int | str:
+    """The setting that :func:`_to_integer` made the integer of; ``like`` is one of its type."""
+    if isinstance(like, float):
+        return float(struct.unpack("<d", struct.pack("<q", integer))[0])
+    return (*SCOPES, *SOLVERS)[integer] if isinstance(like, str) else integer
 
 
 def _check_solver(tau: float, solver: str) -> None:

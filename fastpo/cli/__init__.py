@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 from fastpo.version import __version__
 
+END_SECONDS = 20  # that one of several processes has to end after an error
 _RAW = argparse.RawDescriptionHelpFormatter
 
 
@@ -36,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = _warning_shower(arguments.command)
             return int(arguments.run(arguments, rest))
     except Exception as error:
+        _end_with_the_others(error)
         if not _told_in_full(error):
             raise
         # In the middle of a progress bar's line.
@@ -43,6 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         lead = "\n" if stopped else ""
         print(f"{lead}fastpo {arguments.command}: error: {_one_line(error)}", file=sys.stderr)
         return 1 if stopped else 2
+
+
+def _end_with_the_others(error: Exception) -> None:
+    """Where this is one of several processes: tell their launcher the reason, and be sure to end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return
+    from fastpo.rank_watch import tell_launcher
+
+    tell_launcher(error)
+    # A communicator that waits for the others may hold up the end of Python for good. The signal ends the
+    # process, whatever thread is waiting.
+    if hasattr(signal, "alarm") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(END_SECONDS)
 
 
 def _warning_shower(command: str) -> Callable[..., None]:

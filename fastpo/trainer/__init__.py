@@ -1,5 +1,7 @@
 """Training on preference pairs and fine-tuning on examples: settings, trainers, whole jobs as one function."""
 
+from fastpo.rank_watch import RankFailure, watch_ranks
+
 from .config import PreferenceConfig, build_loss
 from .launch import train
 from .plots import plot_run
@@ -10,6 +12,7 @@ from .trainer import PreferenceTrainer
 __all__ = [
     "PreferenceConfig",
     "PreferenceTrainer",
+    "RankFailure",
     "RefLogpsConfig",
     "SFTConfig",
     "SFTTrainer",
@@ -17,5 +20,6 @@ __all__ = [
     "fine_tune",
     "plot_run",
     "train",
+    "watch_ranks",
     "write_reference_logps",
 ]

@@ -12,6 +12,7 @@ from transformers.utils import is_liger_kernel_available
 
 from fastpo.atomic_write import write_atomically
 from fastpo.data import load_preferences
+from fastpo.rank_watch import watch_ranks
 
 from .checkpoint import find_resume_point
 from .config import PreferenceConfig
@@ -31,6 +32,7 @@ CONFIG_FILE = "fastpo_config.yaml"
 DATA_REPORT_FILE = "data_report.json"
 
 
+@watch_ranks()
 def train(config: PreferenceConfig) -> PreferenceTrainer:
     """Run the job that ``config`` describes.
 
@@ -47,6 +49,7 @@ def train(config: PreferenceConfig) -> PreferenceTrainer:
         FileNotFoundError: a model or data path that does not exist.
         ImportError: a package that the settings need is not installed.
         FloatingPointError: a loss that is not finite (see :meth:`PreferenceTrainer.train`).
+        RankFailure: another process of the run failed (see :func:`fastpo.trainer.watch_ranks`).
         ValueError: settings, a model directory, a data set or an ``output_dir`` that cannot be used.
     """
     # What can go wrong is found before a large model is loaded.

@@ -16,6 +16,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from fastpo.data import load_preferences, tokenize_preferences
 from fastpo.head import FusedHead
 from fastpo.head.causal_lm import find_causal_lm
+from fastpo.rank_watch import watch_ranks
 
 from .config import PreferenceConfig
 from .launch import check_liger
@@ -43,6 +44,7 @@ class RefLogpsConfig(PreferenceConfig):
     )
 
 
+@watch_ranks()
 def write_reference_logps(config: RefLogpsConfig) -> Path:
     """Compute the reference's log-probs of all pairs of ``dataset`` and ``eval_dataset``, and write them.
 

@@ -8,9 +8,10 @@ finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from fastpo.rank_watch import watch_ranks
+
+from .agreement import check_agreement, rows_digest, shared_settings, state_digest
 from .checkpoint import (
     STATE_FILE,
     RunState,
@@ -35,6 +39,14 @@ if TYPE_CHECKING:
 ROWS_NAMED = 16  # data rows that an error message lists
 
 logger = logging.get_logger(__name__)
+
+
+class Problem(NamedTuple):
+    """Why a step must not be taken."""
+
+    text: str
+    # From the cause to where it shows: 0 in this rank's own log-probs, 1 in its loss, 2 in the gradient.
+    distance: int
 
 
 class ResumableTrainer(Trainer):
@@ -55,6 +67,10 @@ class ResumableTrainer(Trainer):
                 f"one process sees {args.n_gpu} GPUs and uses only the first; `accelerate launch` uses all"
             )
             args._n_gpu = 1
+        if args.gradient_checkpointing and _launcher_checkpoints():
+            # Transformers refuses both. A run's settings need not know how it is launched.
+            logger.info("gradient_checkpointing is left to FSDP, as the launch configuration says")
+            args.gradient_checkpointing = args.activation_checkpointing = False
         self._tokens_trained = 0  # by this rank
         self._window = MetricWindow()
         self._eval_window = MetricWindow()
@@ -92,33 +108,48 @@ class ResumableTrainer(Trainer):
 
     # ---- A number that is not finite ----
 
-    def _stop_together(self, problem: str | None) -> None:
-        """Raise FloatingPointError on all ranks if any of them has a problem with the coming step."""
+    def _stop_before_backward(self, problem: Callable[[], Problem | None]) -> None:
+        """Look at the losses where it is the last chance: DeepSpeed's engine steps inside the last backward."""
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            self._stop_together(problem())
+
+    def _stop_together(self, problem: Problem | None, *, taken: bool = False) -> None:
+        """Raise FloatingPointError on all ranks if any of them has a problem with the coming step.
+
+        A bad number spreads: over γ to the losses of all ranks, and over the gradient to their norms. Named are
+        the ranks that are nearest to its cause. ``taken``: the step may already have been taken.
+        """
         if self.accelerator.num_processes > 1:
             flag = torch.tensor([problem is not None], device=self.args.device)
             if not self.accelerator.gather(flag).any():
                 return
-            found = gather_object([problem])
-            problem = "; ".join(f"rank {rank}: {p}" for rank, p in enumerate(found) if p)
-        if not problem:
+            found = [(rank, p) for rank, p in enumerate(gather_object([problem])) if p]
+            nearest = min(p.distance for _, p in found)
+            text = "; ".join(f"rank {rank}: {p.text}" for rank, p in found if p.distance == nearest)
+        elif problem:
+            text = problem.text
+        else:
             return
         saved = checkpoints(Path(self.args.output_dir))
         last = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+        moment = "at" if taken else "before"
+        weights = "Weights may have been" if taken else "No weight was"
         raise FloatingPointError(
-            f"training stopped before optimiser step {self.state.global_step + 1}: {problem}. "
-            f"No weight was changed by it; {last}"
+            f"training stopped {moment} optimiser step {self.state.global_step + 1}: {text}. "
+            f"{weights} changed by it; {last}"
         )
 
-    def _bad_norm(self, norms: Mapping[str, Any], rows: list[Tensor]) -> str | None:
+    def _bad_norm(self, norms: Mapping[str, Any], rows: list[Tensor]) -> Problem | None:
         """Which gradient of a step on ``rows`` is not finite."""
         # Under float16 an overflow is found and skipped by the gradient scaler.
         if getattr(self.accelerator, "scaler", None) is not None:
             return None
         for name, norm in norms.items():
             if norm is not None and not math.isfinite(float(norm)):
-                return (
+                return Problem(
                     f"the loss is finite but {name}'s norm is {float(norm)}, "
-                    f"data rows {listed_rows(rows)}"
+                    f"data rows {listed_rows(rows)}",
+                    distance=2,
                 )
         return None
 
@@ -131,6 +162,7 @@ class ResumableTrainer(Trainer):
             return rows
         return min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
 
+    @watch_ranks()
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -161,6 +193,7 @@ class ResumableTrainer(Trainer):
     def _total_tokens(self) -> int:
         return sum(gather_object([self._tokens_trained]))
 
+    @watch_ranks()
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train, or go on from a checkpoint.
 
@@ -172,8 +205,9 @@ class ResumableTrainer(Trainer):
 
         Raises:
             FloatingPointError: a loss or gradient was not finite; names the step and the data rows.
+            RankFailure: another process of the run failed (see :func:`fastpo.trainer.watch_ranks`).
             ValueError: ``output_dir`` already holds a run; a directory that cannot be resumed from, or was
-                trained with other settings.
+                trained with other settings; processes whose settings, rows, checkpoint or state differ.
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
@@ -182,8 +216,25 @@ class ResumableTrainer(Trainer):
         self._window = MetricWindow()
         if checkpoint is not None:
             self._restore(checkpoint)
+        self._check_agreement(checkpoint)
         resume = None if checkpoint is None else str(checkpoint)
         return super().train(resume_from_checkpoint=resume, **kwargs)
+
+    def _check_agreement(self, checkpoint: Path | None = None) -> None:
+        """Raise ValueError on all processes where they are about to run something different."""
+        if self.accelerator.num_processes == 1:
+            return
+        evaluation = self.eval_dataset
+        several = evaluation if isinstance(evaluation, Mapping) else {"eval": evaluation}
+        named = {"train": self.train_dataset, **several}
+        check_agreement(
+            {
+                **shared_settings(self.args),
+                **{f"{name} data": rows_digest(rows) for name, rows in named.items() if rows},
+                "resume_from_checkpoint": None if checkpoint is None else checkpoint.name,
+                **state_digest(self._state_tensors()),
+            }
+        )
 
     def _restore(self, checkpoint: Path) -> None:
         state = load_run_state(checkpoint)
@@ -231,6 +282,14 @@ class ResumableTrainer(Trainer):
             super()._save(output_dir, state_dict=state_dict)
         finally:
             self.args.hub_token = token
+
+
+def _launcher_checkpoints() -> bool:
+    """Whether `accelerate launch` was told to shard by FSDP with activation checkpointing."""
+    return all(
+        os.environ.get(name, "").lower() == "true"
+        for name in ("ACCELERATE_USE_FSDP", "FSDP_ACTIVATION_CHECKPOINTING")
+    )
 
 
 def listed_rows(rows: list[Tensor]) -> str:

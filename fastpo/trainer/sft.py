@@ -19,11 +19,12 @@ from transformers import set_seed
 from fastpo.data import DataReport, ExampleCollator, load_examples, tokenize_examples
 from fastpo.head import FusedHead
 from fastpo.head.causal_lm import find_causal_lm
+from fastpo.rank_watch import watch_ranks
 
 from .launch import check_sources, model_to_train, run_to_its_end
 from .model import checked_name, disable_dropout, load_tokenizer
 from .plots import PlotCallback
-from .resumable import ResumableTrainer, listed_rows
+from .resumable import Problem, ResumableTrainer, listed_rows
 from .run_config import RunConfig, fields_table
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ class SFTTrainer(ResumableTrainer):
         self._rows.append(inputs["rows"])
         self._losses.append(total.detach())
         self._tokens_trained += int(inputs["attention_mask"].sum())
+        self._stop_before_backward(lambda: self._problem(None))
         self._window.add(_token_means(outputs, kept, count), count)
         # Gradients are averaged over the ranks, whose tokens are all counted.
         loss = total * (self.accelerator.num_processes / self._step_tokens)
@@ -184,15 +186,16 @@ class SFTTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Transformers' last call before the optimiser step: stop if a number is bad."""
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._stop_together(self._problem(grad_norm))
+        self._stop_together(self._problem(grad_norm), taken=self.is_deepspeed_enabled)
         return grad_norm
 
-    def _problem(self, grad_norm: Any) -> str | None:
+    def _problem(self, grad_norm: Any) -> Problem | None:
         for k, (loss, rows) in enumerate(zip(self._losses, self._rows, strict=True), start=1):
             if not math.isfinite(loss.item()):
-                return (
+                return Problem(
                     f"the loss is {loss.item()} in micro-step {k} of {len(self._rows)}, "
-                    f"data rows {listed_rows([rows])}"
+                    f"data rows {listed_rows([rows])}",
+                    distance=0,
                 )
         return self._bad_norm({"the gradient": grad_norm}, self._rows)
 
@@ -225,6 +228,7 @@ def _token_means(outputs: Any, kept: Tensor, count: int) -> dict[str, float]:
     }
 
 
+@watch_ranks()
 def fine_tune(config: SFTConfig) -> SFTTrainer:
     """Run the job that ``config`` describes; ``output_dir`` afterwards holds what :func:`fastpo.trainer.train`
     leaves there.

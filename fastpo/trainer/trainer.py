@@ -22,6 +22,7 @@ from fastpo.head import FusedHead
 from fastpo.head.causal_lm import find_causal_lm
 from fastpo.losses import PreferenceOutput
 from fastpo.losses.noisy_reference import NoisyReference
+from fastpo.rank_watch import watch_ranks
 
 from . import reference
 from .batch_sampler import EpochOfSampler, deal, prepared_loader
@@ -33,7 +34,7 @@ from .noise import NoisePlayer, make_generator, noise_seed, token_index
 from .noisy_head import NoisyHead
 from .plots import PlotCallback
 from .reference_file import Origin, read_reference_file, with_file_logps
-from .resumable import ResumableTrainer, listed_rows
+from .resumable import Problem, ResumableTrainer, listed_rows
 from .sequence_parallel import SequenceParallel
 
 if TYPE_CHECKING:
@@ -352,8 +353,10 @@ class PreferenceTrainer(ResumableTrainer):
             with reference.base_model(self.model):
                 return reference.reference_logps(self._around(self.model), inputs)
 
+    @watch_ranks()
     def _precompute_reference(self) -> None:
         """Add the reference's log-probs to all data sets, and let go of its model unless noise needs it."""
+        self._check_agreement()
         frozen = self.ref_model
         if frozen is None and not is_peft_model(self.model):
             frozen = self.ref_model = self.model  # not trained yet
@@ -523,6 +526,7 @@ class PreferenceTrainer(ResumableTrainer):
                     _detached(result), inputs["rows"], tokens_read(inputs), token_shares(inputs)
                 )
             )
+            self._stop_before_backward(lambda: self._problem({}))
         return (loss, result) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -533,7 +537,7 @@ class PreferenceTrainer(ResumableTrainer):
             norms["the noise's gradient"] = self._noise.finish_gradient(
                 self.accelerator.num_processes
             )
-        self._stop_together(self._problem(norms))
+        self._stop_together(self._problem(norms), taken=self.is_deepspeed_enabled)
         for step in self._micro_steps:
             metrics = _metrics(step.output) | {k: float(v) for k, v in step.shares.items()}
             if self._noise is not None:
@@ -546,7 +550,7 @@ class PreferenceTrainer(ResumableTrainer):
         self._micro_steps = []
         return grad_norm
 
-    def _problem(self, norms: Mapping[str, Any]) -> str | None:
+    def _problem(self, norms: Mapping[str, Any]) -> Problem | None:
         """What is not finite on this rank, in which micro-step and data rows, or how large σ is."""
         count = len(self._micro_steps)
         for k, step in enumerate(self._micro_steps, start=1):
@@ -554,12 +558,16 @@ class PreferenceTrainer(ResumableTrainer):
             if not math.isfinite(loss):
                 # Not the losses: one bad gap makes every γ bad, and with it all losses of the batch.
                 bad = ~(step.output.chosen_rewards + step.output.rejected_rewards).isfinite()
-                rows = listed_rows([step.rows[bad] if bad.any() else step.rows])
-                return f"the loss is {loss} in micro-step {k} of {count}, data rows {rows}"
+                own = bool(bad.any())
+                rows = listed_rows([step.rows[bad] if own else step.rows])
+                return Problem(
+                    f"the loss is {loss} in micro-step {k} of {count}, data rows {rows}",
+                    distance=0 if own else 1,
+                )
             if self._noise is not None:
                 excess = self._noise.excess(step.output.noise["noise/sigma_peak"].item())
                 if excess:
-                    return excess
+                    return Problem(excess, distance=0)
         return self._bad_norm(norms, [step.rows for step in self._micro_steps])
 
     # ---- Evaluation ----
