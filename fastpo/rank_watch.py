@@ -31,6 +31,7 @@ import torch.distributed as dist
 GRACE = 10.0  # seconds between the news that another process failed and the end of this one
 NEWS_WAIT = 2.0  # seconds that an error of the communication waits for news of its cause
 CONNECT_TIMEOUT = 20.0  # seconds
+HELLO_TIMEOUT = 2.0  # seconds that a connection has to say whose it is, which it does at once
 # Probes of an idle connection, in seconds and times: a host that is down is found after 10 + 4 · 5 seconds.
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 MESSAGE_LIMIT = 2000  # characters of an error's text that are passed on
@@ -291,21 +292,33 @@ def _accepted(listener: socket.socket, token: str, count: int) -> list[_Peer]:
     while len(peers) < count:
         try:
             connection, _ = listener.accept()
-            connection.settimeout(CONNECT_TIMEOUT)
-            hello = json.loads(connection.makefile("rb").readline(MESSAGE_LIMIT))
+        except TimeoutError:
+            warnings.warn(f"rank 0 watches only {len(peers)} of {count} processes", stacklevel=6)
+            break
+        try:
+            connection.settimeout(HELLO_TIMEOUT)
+            hello = json.loads(_first_line(connection))
             known = hmac.compare_digest(hello["token"], token)
             peer = _Peer(connection, int(hello["rank"]), str(hello["name"]))
-        except TimeoutError:
-            warnings.warn(
-                f"only {len(peers)} of {count} processes are watched by rank 0", stacklevel=5
-            )
-            break
         except (OSError, ValueError, KeyError, TypeError):
-            continue
+            known = False
         if known:
             _keep_alive(connection)
             peers.append(peer)
+        else:
+            connection.close()
     return peers
+
+
+def _first_line(connection: socket.socket) -> bytes:
+    """The first line and no byte more: the peer may have failed already and said so in the next one."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < MESSAGE_LIMIT:
+        byte = connection.recv(1)
+        if not byte:
+            break
+        line += byte
+    return line
 
 
 def _keep_alive(connection: socket.socket) -> None:

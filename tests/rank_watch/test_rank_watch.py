@@ -97,7 +97,8 @@ def test_a_process_without_connection_warns_and_runs(results: Results) -> None:
     assert "Connection refused" in results["unreachable"][1][2]
 
 
-def test_strangers_are_not_peers() -> None:
+def test_strangers_are_not_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_watch, "HELLO_TIMEOUT", 0.2)
     with rank_watch._listener(4) as listener:
         address = listener.getsockname()
         assert address[0] == "127.0.0.1"  # no launcher has named another host
@@ -106,12 +107,15 @@ def test_strangers_are_not_peers() -> None:
             b'{"token": "wrong", "rank": 1, "name": "x"}\n',
             b"[]\n",
         ]
-        words.append(b'{"token": "right", "rank": 2, "name": "process 7 on host"}\n')
+        words.append(
+            b'{"token": "right", "rank": 2, "name": "process 7 on host"}\n{"failed": "x"}\n'
+        )
         clients = [socket.create_connection(address) for _ in words]
         for client, word in zip(clients, words, strict=True):
             client.sendall(word)
         peers = rank_watch._accepted(listener, "right", 1)
     assert [(peer.rank, peer.name) for peer in peers] == [(2, "process 7 on host")]
+    assert peers[0].read() == ([{"failed": "x"}], None)  # said before it was known
     for file in (*clients, peers[0].connection):
         file.close()
 

@@ -41,17 +41,6 @@ def model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     return tiny_llama(len(tokenizer), seed)
 
 
-@pytest.fixture(scope="session")
-def checkpoint(
-    tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A directory with a tiny model and its tokenizer, for runs in processes of their own."""
-    directory = tmp_path_factory.mktemp("checkpoint")
-    tiny_llama(len(tokenizer), 0).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
 def tiny_llama(vocab: int, seed: int) -> LlamaForCausalLM:
     """Two layers, hidden 32; its logits are well away from zero."""
     torch.manual_seed(seed)
@@ -157,3 +146,14 @@ def trainer(
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(
+    tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A directory with a tiny model and its tokenizer, for runs in processes of their own."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    tiny_llama(len(tokenizer), 0).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
