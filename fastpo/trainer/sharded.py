@@ -63,10 +63,32 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]
     """
     for name, tensor in sorted(tensors.items()):
         if hasattr(tensor, "full_tensor"):
-            yield name, tensor.detach().full_tensor()
+            yield name, tensor.detach().full_tensor()  # type: ignore[attr-defined]
         else:
             with _gathered([tensor]):
                 yield name, tensor.detach()
+
+
+def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The ``state_dict`` of a sharded model on the CPU, its tensors whole; of a PEFT model what is trained.
+
+    Args:
+        model: of whose weights one at a time is whole on the device.
+        keep: whether this process wants them; the others get an empty mapping.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors = {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name in trained or not hasattr(model, "disable_adapter")
+    }
+    state: dict[str, Tensor] = {}
+    same: dict[int, str] = {}  # tied weights are saved once
+    for name, tensor in whole_tensors(tensors):
+        if keep:
+            first = same.setdefault(id(tensors[name]), name)
+            state[name] = state[first] if first in state else tensor.cpu().clone()
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
 
 
 def _gathered(parameters: list[Any], modifier_rank: int | None = None) -> Any:
@@ -140,7 +162,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             "reference: it cannot be copied"
         )
     # A deep copy would lose the parts. Made anew under the same configuration it is spread in the same way.
-    made = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    kind: Any = type(model)
+    made: nn.Module = kind._from_config(copy.deepcopy(model.config), dtype=model.dtype)
     theirs = dict(model.named_parameters())
     for name, parameter in made.named_parameters():
         # All processes see both whole; what the first one writes is what all of them keep.

@@ -1,8 +1,8 @@
 """One training run of tests/trainer/test_many_devices.py, by one process or as one rank of several.
 
-Started as a program it is a rank, which does all runs of a file one after another in one process group. What
-a run gives is compared as it lies on disk: log lines, the gradient of every parameter before every optimiser
-step, and the weights at the end, put together from their shards.
+Started as a program it forks the ranks of one process group after another, each of which does several runs.
+What a run gives is compared as it lies on disk: log lines, the gradient of every parameter before every
+optimiser step, and the weights at the end, put together from their shards.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import gc
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from typing import Any
 
 import datasets
 import torch
+from ranks import fork_ranks
 from safetensors.torch import save_file
 from tiny import tiny_llama, tokenized_pairs
 from torch import Tensor, nn
@@ -115,7 +117,18 @@ class Gradients(TrainerCallback):
         )
 
 
-# ---- Faults that a comparison has to notice ----
+# ---- What goes wrong ----
+
+
+class Kill(TrainerCallback):
+    """Kills some of the processes after an optimiser step."""
+
+    def __init__(self, step: int, ranks: list[int]) -> None:
+        self.step, self.ranks = step, ranks
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step and args.process_index in self.ranks:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class NoAllReduce(TrainerCallback):
@@ -169,9 +182,13 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
     ``reference``, directories of models (no reference: a copy of the model, or the base of an adapter);
     ``lora``, an adapter's settings; ``load_first``: models are loaded before the configuration exists, so that
     DeepSpeed has no part in it; ``layout`` ``"root"``: one FSDP2 unit for the whole model, of policy and
-    reference; ``plant``: a fault.
+    reference; ``plant``: a fault; ``output``: the run whose output directory this one has, to go on with it;
+    ``kill``: the optimiser step after which processes are killed, and which; ``refused``: the error of
+    ``train`` is what comes out; ``save``: write the trained model to ``saved``, too.
     """
-    output = directory / name / f"of-{world}"
+    launched = "WORLD_SIZE" in os.environ
+    output = directory / spec.get("output", name) / "output"
+    notes = directory / name / f"of-{world}"
 
     def load(key: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(directory / spec[key], dtype="float32")
@@ -188,39 +205,48 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
         return model, load("reference") if spec.get("reference") else None
 
     loaded = models() if spec.get("load_first") else None
-    settings = spec["settings"] if world > 1 else spec["single"]
+    settings = spec["settings" if launched else "single"]
     sharded = {"fsdp", "deepspeed"} & set(settings)
     config = PreferenceConfig(
         output_dir=str(output),
         use_cpu=not sharded,
-        ddp_backend="gloo" if world > 1 else None,
+        ddp_backend="gloo" if launched else None,
         **settings,
     )
     model, reference = loaded or models()
-    if spec.get("layout") == "root" and reference is not None and world > 1:
+    if spec.get("layout") == "root" and reference is not None and launched:
         fully_shard(reference)
     gradients = Gradients()
     fault = {"no all-reduce": NoAllReduce, "no reduce-scatter": NoReduceScatter}.get(
         spec.get("plant")
     )
+    faults = [fault()] if fault else []
+    if "kill" in spec:
+        faults.append(Kill(*spec["kill"]))
     trainer = PreferenceTrainer(
         model,
         config,
         train_dataset=datasets.load_from_disk(str(directory / "train")),
         processing_class=AutoTokenizer.from_pretrained(directory / "model"),
         ref_model=reference,
-        callbacks=[gradients, *([fault()] if fault else [])],
+        callbacks=[gradients, *faults],
     )
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, (Gradients, NoAllReduce)):
             callback.trainer = trainer
-    if spec.get("layout") == "root" and world > 1:
+    if spec.get("layout") == "root" and launched:
         fully_shard(trainer.model)
     if spec.get("plant") == "local gamma":
         trainer.loss_module.margin.group = own_group()
-    trainer.train()
-    output.mkdir(parents=True, exist_ok=True)
+    notes.mkdir(parents=True, exist_ok=True)
     rank = config.process_index
+    if spec.get("refused"):
+        try:
+            trainer.train()
+        except ValueError as error:
+            (notes / f"refused-{rank}.txt").write_text(str(error))
+        return trainer
+    trainer.train()
     parameter = next(trainer.model.parameters())
     seen = {
         "log": trainer.state.log_history,
@@ -233,13 +259,15 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
         ),
         "reference": reference_numbers(trainer.ref_model),
     }
-    (output / f"seen-{rank}.json").write_text(json.dumps(seen))
+    (notes / f"seen-{rank}.json").write_text(json.dumps(seen))
     flat = {f"{k}.{key}": t for k, step in enumerate(gradients.steps) for key, t in step.items()}
     weights = whole_weights(trainer.model)
     state = {k: v.contiguous() for k, v in trainer.loss_module.state_dict().items()}
-    save_file(flat, output / f"gradients-{rank}.safetensors")
-    save_file(weights, output / f"weights-{rank}.safetensors")
-    save_file(state, output / f"loss-{rank}.safetensors")
+    save_file(flat, notes / f"gradients-{rank}.safetensors")
+    save_file(weights, notes / f"weights-{rank}.safetensors")
+    save_file(state, notes / f"loss-{rank}.safetensors")
+    if spec.get("save"):
+        trainer.save_model(str(directory / name / "saved"))
     return trainer
 
 
@@ -289,12 +317,22 @@ def forget() -> None:
 
 
 def main(directory: Path) -> None:
+    """Do the jobs of ``jobs.json``: each is a group of ``world`` processes and ``runs`` by name.
+
+    Where the job ``dies`` that must happen, else it must not.
+    """
     torch.set_num_threads(1)
     allow_sharding_on_cpu()
-    world = int(os.environ["WORLD_SIZE"])
-    for name, spec in json.loads((directory / "runs.json").read_text()).items():
-        run(directory, name, spec, world)
-        forget()
+    for job in json.loads((directory / "jobs.json").read_text()):
+
+        def work(job: dict[str, Any] = job) -> None:
+            for name, spec in job["runs"].items():
+                run(directory, name, spec, job["world"])
+                forget()
+
+        codes = fork_ranks(work, job["world"])
+        if any(codes) != job.get("dies", False):
+            sys.exit(f"{list(job['runs'])} on {job['world']} processes ended with {codes}")
 
 
 if __name__ == "__main__":

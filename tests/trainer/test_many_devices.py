@@ -15,7 +15,7 @@ from typing import Any
 import device_run
 import pytest
 from device_run import tiny_models
-from ranks import finish, start_ranks
+from ranks import finish, start
 from safetensors.torch import load_file
 
 PAIRS = 4  # of a micro-step, over all processes
@@ -143,11 +143,11 @@ class Compared:
         self.singles: dict[str, Path] = {}
         tiny_models(directory)
 
-    def start(self, runs: dict[str, dict[str, Any]], world: int) -> None:
-        """Do all ``runs`` by one process group."""
-        (self.directory / "runs.json").write_text(json.dumps(runs))
+    def do(self, *jobs: dict[str, Any]) -> None:
+        """Do jobs as :func:`device_run.main` describes them."""
+        (self.directory / "jobs.json").write_text(json.dumps(jobs))
         cache = self.directory / "cache"
-        finish(start_ranks("device_run.py", self.directory, world=world, FASTPO_CACHE=cache))
+        finish([start("device_run.py", self.directory, FASTPO_CACHE=cache)])
 
     def single(self, spec: dict[str, Any]) -> Path:
         alone = {k: v for k, v in spec.items() if k in ("single", "model", "reference", "lora")}
@@ -199,23 +199,20 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
 
 
 def test_many_processes_equal_one(compared: Compared) -> None:
-    for world in (2, 4):
-        runs = {
-            f"{parallel}-{method}": spec_of(parallel, method, world)
-            for parallel, method, ranks in GATE
-            if ranks == world
-        }
-        faults = {} if world > 2 else {
-            name: spec_of(parallel, method, world, plant=name)
-            for name, (parallel, method) in FAULTS.items()
-        }  # fmt: skip
-        compared.start({**runs, **faults}, world)
-        for name, spec in runs.items():
-            notes = compared.check(name, spec, world)
-            check_layout(name, notes, world)
-        for name, spec in faults.items():
-            with pytest.raises(AssertionError, match=name):
-                compared.check(name, spec, world)
+    runs: dict[int, dict[str, dict[str, Any]]] = {2: {}, 4: {}}
+    for parallel, method, world in GATE:
+        runs[world][f"{parallel}-{method}"] = spec_of(parallel, method, world)
+    faults = {
+        name: spec_of(parallel, method, 2, plant=name)
+        for name, (parallel, method) in FAULTS.items()
+    }
+    compared.do({"world": 2, "runs": {**runs[2], **faults}}, {"world": 4, "runs": runs[4]})
+    for world, several in runs.items():
+        for name, spec in several.items():
+            check_layout(name, compared.check(name, spec, world), world)
+    for name, spec in faults.items():
+        with pytest.raises(AssertionError, match=name):
+            compared.check(name, spec, 2)
 
 
 def check_layout(name: str, notes: list[dict[str, Any]], world: int) -> None:
@@ -251,6 +248,6 @@ def test_every_method_in_every_layout(compared: Compared, world: int) -> None:
         if not (parallel.startswith("zero") and "dnpo" in method)
         and (parallel, method) != ("head", "tied")
     }
-    compared.start(runs, world)
+    compared.do({"world": world, "runs": runs})
     for name, spec in runs.items():
         check_layout(name, compared.check(name, spec, world), world)
