@@ -39,12 +39,14 @@ class RunState:
         num_tokens: input tokens trained on so far, over all ranks.
         window: sums of the metrics since the last log line.
         tensors: the loss module's ``state_dict``.
+        devices: fields of :class:`fastpo.trainer.devices.Devices`; empty in checkpoints of older versions.
     """
 
     settings: dict[str, Any]
     num_tokens: int = 0
     window: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    devices: dict[str, Any] = field(default_factory=dict)
 
 
 def save_run_state(directory: Path, state: RunState) -> None:

@@ -14,6 +14,8 @@ from fastpo.noise import NoiseGenerator
 from fastpo.ops.linear_logprobs import linear_logprobs
 from fastpo.ops.sequence_logprobs import sequence_sums
 
+from .sharded import is_fsdp
+
 
 class NoisyHead:
     """A reference's forward that ends in log-probs under noise, for the rejected answers, instead of logits.
@@ -65,6 +67,7 @@ class NoisyHead:
             "mean_tokens": mean_tokens,
         }
         self._differentiable = differentiable and torch.is_grad_enabled()
+        self._head_is_freed = is_fsdp(model)
         with torch.no_grad(), self._head:
             model(**inputs)
         chosen, noisy = self._result
@@ -79,6 +82,10 @@ class NoisyHead:
         """In the place of :func:`fastpo.linear_logprobs` in the head's forward."""
         parts = (slice(0, self._chosen), slice(self._chosen, None))  # chosen answers, rejected ones
         tokens = linear_logprobs(hidden[parts[0]], weight, labels[parts[0]], bias, **options)
+        if self._differentiable and self._head_is_freed:
+            # The noise's backward reads the head, which FSDP2 frees behind this forward or, of a policy that is
+            # its own reference, in the policy's backward; only a gradient of the head would bring it back.
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
         with torch.set_grad_enabled(self._differentiable):
             noisy = score_with_noise(
                 self.generator,

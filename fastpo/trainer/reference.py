@@ -31,6 +31,7 @@ from fastpo.atomic_write import write_atomically
 from fastpo.ops.sequence_logprobs import sequence_sums
 
 from .batch_sampler import deal
+from .sharded import free_gathered, whole_tensors
 
 if TYPE_CHECKING:
     import datasets
@@ -54,11 +55,16 @@ def reference_logps(model: Callable[..., Any], inputs: Mapping[str, Any]) -> Ten
 @contextmanager
 def base_model(model: nn.Module) -> Iterator[None]:
     """A PEFT model without its adapter and without dropout while inside."""
+    # PEFT freezes the adapter's parameters for this and unfreezes them at the end. Under FSDP2 those would be
+    # two sets of parameters, spread ones and gathered ones, if a unit were still gathered at the end.
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with model.disable_adapter():  # type: ignore[operator]
-            yield
+            try:
+                yield
+            finally:
+                free_gathered(model)
     finally:
         for module in training:
             module.training = True
@@ -74,8 +80,8 @@ def cache_directory() -> Path:
 def model_hash(model: PreTrainedModel) -> str:
     """SHA-256 of a model's configuration and weights; of a PEFT model, that of its base by itself.
 
-    Raises:
-        ValueError: the weights are sharded over processes.
+    Of a model whose weights are sharded over processes all of them must call; they get what one process gets
+    that holds all weights.
     """
     digest = hashlib.sha256()
     config = model.config.to_diff_dict()
@@ -86,27 +92,14 @@ def model_hash(model: PreTrainedModel) -> str:
     trainable = (
         {name for name, p in model.named_parameters() if p.requires_grad} if adapters else ()
     )
-    kept = {n: tensor for n, tensor in model.state_dict().items() if n not in trainable}
+    state = model.state_dict(keep_vars=True)
+    kept = {name: tensor for name, tensor in state.items() if name not in trainable}
     if adapters:
         kept = {_name_in_base(n): tensor for n, tensor in kept.items()}
-    for name, tensor in sorted(kept.items()):
-        if _is_sharded(tensor):
-            raise ValueError(
-                "precompute_ref_log_probs: the reference's weights are sharded over processes, "
-                "expected whole ones"
-            )
+    for name, tensor in whole_tensors(kept):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a process holds only parts of a model's weights (ZeRO-3, FSDP2)."""
-    return any(_is_sharded(parameter) for parameter in model.parameters())
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "ds_id") or hasattr(tensor, "full_tensor")
 
 
 def _name_in_base(name: str) -> str:

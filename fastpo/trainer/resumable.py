@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +31,9 @@ from .checkpoint import (
     load_run_state,
     save_run_state,
 )
+from .devices import Devices
 from .metrics import LogLastStep, MetricWindow
+from .sharded import is_sharded, whole_state
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -206,8 +209,9 @@ class ResumableTrainer(Trainer):
         Raises:
             FloatingPointError: a loss or gradient was not finite; names the step and the data rows.
             RankFailure: another process of the run failed (see :func:`fastpo.trainer.watch_ranks`).
-            ValueError: ``output_dir`` already holds a run; a directory that cannot be resumed from, or was
-                trained with other settings; processes whose settings, rows, checkpoint or state differ.
+            ValueError: ``output_dir`` already holds a run; a directory that cannot be resumed from, was trained
+                with other settings, or on other devices in a way that this run cannot go on with; processes
+                whose settings, rows, checkpoint or state differ.
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
@@ -238,6 +242,7 @@ class ResumableTrainer(Trainer):
 
     def _restore(self, checkpoint: Path) -> None:
         state = load_run_state(checkpoint)
+        Devices.of(self.args, self.accelerator).check_resumption(state.devices, str(checkpoint))
         before = {**self._default_settings(), **state.settings}
         changed = [
             f"{name} {before.get(name)!r} → {value!r}"
@@ -269,9 +274,26 @@ class ResumableTrainer(Trainer):
             num_tokens=self._total_tokens(),
             window=self._window.over_ranks().state,
             tensors=self._state_tensors(),
+            devices=asdict(Devices.of(self.args, self.accelerator)),
         )
         if self.args.should_save:
             save_run_state(Path(output_dir), state)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as ``from_pretrained`` loads it, also where its weights are sharded.
+
+        Transformers' own writes nothing of the kind under FSDP2 with ``SHARDED_STATE_DICT``, nor under ZeRO-3
+        without ``stage3_gather_16bit_weights_on_model_save``. A checkpoint keeps the form that these ask for.
+        """
+        if _internal_call or not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        state = whole_state(self.model, keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None

@@ -26,6 +26,7 @@ from .model import checked_name, disable_dropout, load_tokenizer
 from .plots import PlotCallback
 from .resumable import Problem, ResumableTrainer, listed_rows
 from .run_config import RunConfig, fields_table
+from .sharded import whole_by_module
 
 if TYPE_CHECKING:
     import datasets
@@ -108,13 +109,14 @@ class SFTTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = (
             True  # what loss_is_scaled_for_ga says, before transformers 5.19
         )
-        FusedHead(
-            self.model,
-            return_stats=True,
-            backward=args.backward,
-            tol=args.tol,
-            low_memory=args.low_memory,
-        ).install()
+        with whole_by_module(self.model):
+            FusedHead(
+                self.model,
+                return_stats=True,
+                backward=args.backward,
+                tol=args.tol,
+                low_memory=args.low_memory,
+            ).install()
 
     def _tokenized(
         self,

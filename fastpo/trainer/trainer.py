@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from .plots import PlotCallback
 from .reference_file import Origin, read_reference_file, with_file_logps
 from .resumable import Problem, ResumableTrainer, listed_rows
 from .sequence_parallel import SequenceParallel
+from .sharded import frozen_copy, is_sharded, place_frozen, whole_by_module
 
 if TYPE_CHECKING:
     import datasets
@@ -137,11 +138,13 @@ class PreferenceTrainer(ResumableTrainer):
         else:
             eval_dataset = self._tokenized(eval_dataset, "eval", args, processing_class)
         pad = processing_class.pad_token_id
-        self.layout = Layout(
-            args,
-            processing_class.eos_token_id if pad is None else pad,
-            *filter(None, (model, ref_model)),
-        )
+        models = [each for each in (model, ref_model) if each is not None]
+        with ExitStack() as stack:
+            for each in models:
+                stack.enter_context(whole_by_module(each))
+            self.layout = Layout(
+                args, processing_class.eos_token_id if pad is None else pad, *models
+            )
         use_cache = getattr(core.config, "use_cache", None)
         super().__init__(
             model,
@@ -288,18 +291,19 @@ class PreferenceTrainer(ResumableTrainer):
             and not is_peft_model(policy)
             and (self._noise is not None or not args.precompute_ref_log_probs)
         ):
-            ref_model = copy.deepcopy(policy)
+            ref_model = frozen_copy(policy)
             self.layout.add_copy(ref_model)
         op_kwargs: dict[str, Any] = {
             "backward": args.backward,
             "tol": args.tol,
             "low_memory": args.low_memory,
         }
-        FusedHead(policy, return_stats=True, **op_kwargs).install()
+        with whole_by_module(policy):
+            FusedHead(policy, return_stats=True, **op_kwargs).install()
         if ref_model is not None:
-            find_causal_lm(ref_model)
-            ref_model.to(args.device).eval().requires_grad_(False)
-            FusedHead(ref_model, **op_kwargs).install()
+            ref_model.eval().requires_grad_(False)
+            with whole_by_module(ref_model):
+                FusedHead(ref_model, **op_kwargs).install()
         if args.use_liger_kernel:
             # Here, so that policy and reference round alike; transformers' train() would do the policy alone.
             for model in filter(None, (policy, ref_model)):
@@ -308,7 +312,7 @@ class PreferenceTrainer(ResumableTrainer):
             self._noisy_head = NoisyHead(
                 policy if ref_model is None else ref_model, self._noise.generator, **op_kwargs
             )
-        return ref_model
+        return None if ref_model is None else place_frozen(ref_model, self.accelerator)
 
     def _check_noise(self, ref_model: PreTrainedModel | None) -> None:
         """Raise ValueError where method dnpo cannot be trained, or its reference is not known."""
@@ -341,33 +345,52 @@ class PreferenceTrainer(ResumableTrainer):
 
     def _reference_logps(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(2B,) float64."""
+        if self.ref_model is None and not is_peft_model(self.model):
+            raise ValueError(
+                f"loss {self.args.loss_type!r} needs reference log-probs, which this data set lacks "
+                "(they were precomputed for the others)"
+            )
+        if self.ref_model is not None:
+            return self._logps_under(self.ref_model, batch)
+        with reference.base_model(self.model):
+            return self._logps_under(self.model, batch)
+
+    def _logps_under(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """(2B,) float64."""
         with self.accelerator.autocast():
-            inputs = self.layout.inputs(self.ref_model or self.model, batch)
-            if self.ref_model is not None:
-                return reference.reference_logps(self._around(self.ref_model), inputs)
-            if not is_peft_model(self.model):
-                raise ValueError(
-                    f"loss {self.args.loss_type!r} needs reference log-probs, which this data set lacks "
-                    "(they were precomputed for the others)"
-                )
-            with reference.base_model(self.model):
-                return reference.reference_logps(self._around(self.model), inputs)
+            return reference.reference_logps(self._around(model), self.layout.inputs(model, batch))
 
     @watch_ranks()
     def _precompute_reference(self) -> None:
         """Add the reference's log-probs to all data sets, and let go of its model unless noise needs it."""
         self._check_agreement()
-        frozen = self.ref_model
-        if frozen is None and not is_peft_model(self.model):
-            frozen = self.ref_model = self.model  # not trained yet
-        self.model.eval()
-        reference_hash = reference.model_hash(self.model if frozen is None else frozen)
+        model, policy = self.ref_model, self.model
+        policy.eval()
+        if model is None:
+            # The policy, which is not trained yet. Where it waits to be sharded it is not on its device.
+            waits = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            if waits and not is_sharded(policy):
+                copied = copy.deepcopy(policy)
+                self.layout.add_copy(copied)
+                model = place_frozen(copied, self.accelerator)
+            else:
+                model = policy
+        adapted = self.ref_model is None and is_peft_model(policy)
+
+        def logps(batch: Mapping[str, Tensor]) -> Tensor:
+            with (
+                whole_by_module(model) if model is policy else nullcontext(),
+                reference.base_model(model) if adapted else nullcontext(),
+            ):
+                return self._logps_under(model, batch)
+
+        reference_hash = reference.model_hash(getattr(model, "module", model))
         completed = {
             name: rows
             if set(reference.COLUMNS) <= set(rows.column_names)
             else reference.with_reference_logps(
                 rows,
-                self._reference_logps,
+                logps,
                 reference_hash=reference_hash,
                 precision=self.accelerator.mixed_precision,
                 collator=self.data_collator,
@@ -394,23 +417,17 @@ class PreferenceTrainer(ResumableTrainer):
         file = read_reference_file(path)
         made = file.origin
         precision = self.accelerator.mixed_precision
-        # The main process decides for all: under FSDP it may be the only one that has the weights yet.
         found: list[str | None] = [None]
-        if self.is_world_process_zero() and not reference.is_sharded(model):
+        if is_sharded(model) or self.is_world_process_zero():
+            # Of a model that is not sharded the main process may be the only one to have the weights yet.
             found = [reference.model_hash(model)]
         if self.accelerator.num_processes > 1:
             found = broadcast_object_list(found)
-        if found[0] is None:
-            warnings.warn(
-                f"ref_logps: the reference's weights are sharded over processes, so that {path} could not be "
-                "checked to be of this model",
-                stacklevel=3,
-            )
-        elif found[0] != made.model_hash:
+        if found[0] != made.model_hash:
             raise ValueError(
                 f"ref_logps: {path} was computed with another model than this run's reference "
-                f"(hash {made.model_hash[:12]}…, here {found[0][:12]}…): other weights, another configuration "
-                "or dtype; make the file anew with `fastpo ref-logps`"
+                f"(hash {made.model_hash[:12]}…, here {str(found[0])[:12]}…): other weights, another "
+                "configuration or dtype; make the file anew with `fastpo ref-logps`"
             )
         if made.precision != precision:
             warnings.warn(

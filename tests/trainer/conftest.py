@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import tiny_llama, tokenized_pairs
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastpo.demo.model import build_tokenizer
 from fastpo.trainer import PreferenceConfig, PreferenceTrainer
@@ -41,54 +41,9 @@ def model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     return tiny_llama(len(tokenizer), seed)
 
 
-def tiny_llama(vocab: int, seed: int) -> LlamaForCausalLM:
-    """Two layers, hidden 32; its logits are well away from zero."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    return model
-
-
 @pytest.fixture
 def pairs(tokenizer: PreTrainedTokenizerFast, seed: int) -> datasets.Dataset:
     return tokenized_pairs(30, len(tokenizer), seed)
-
-
-def tokenized_pairs(count: int, vocab: int, seed: int) -> datasets.Dataset:
-    """Pairs of random ids and lengths: the chosen answer counts upwards, the rejected one is noise."""
-    draw = random.Random(seed)
-
-    def ids(low: int, high: int) -> list[int]:
-        return [draw.randrange(3, vocab) for _ in range(draw.randint(low, high))]
-
-    def counting(low: int, high: int) -> list[int]:
-        start = draw.randrange(3, vocab - high)
-        return list(range(start, start + draw.randint(low, high)))
-
-    return datasets.Dataset.from_list(
-        [
-            {
-                "prompt_ids": [1, *ids(1, 6)],
-                "chosen_ids": [*counting(1, 8), 2],
-                "rejected_ids": [*ids(1, 8), 2],
-                "row": 100 + k,
-            }
-            for k in range(count)
-        ]
-    )
 
 
 @pytest.fixture

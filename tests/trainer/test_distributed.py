@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from ranks import finish, start_ranks
 from safetensors.torch import load_file
 
 from fastpo.trainer import PreferenceTrainer
@@ -52,7 +49,6 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }
 PAIRS_PER_RANK = 2
-ROOT = str(Path(__file__).resolve().parents[2])
 
 
 @pytest.fixture
@@ -63,32 +59,6 @@ def start(model: Any, pairs: datasets.Dataset) -> tuple[Any, Any, Any, Any]:
         for parameter in reference.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model, reference, pairs.select(range(16)), pairs.select(range(16, 27))
-
-
-def two_ranks(directory: Path, cache: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            "FASTPO_CACHE": str(cache), "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")])),
-        }  # fmt: skip
-        command = [sys.executable, str(Path(__file__).with_name("rank.py")), str(directory)]
-        processes.append(
-            subprocess.Popen(
-                command,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
 
 
 def test_two_ranks_equal_one_process(
@@ -111,7 +81,7 @@ def test_two_ranks_equal_one_process(
     }  # fmt: skip
     runs["poisoned"] = {"settings": runs["dpo"]["settings"], "poison": True}
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    two_ranks(tmp_path, cache)
+    finish(start_ranks("rank.py", tmp_path, world=2, FASTPO_CACHE=cache))
 
     for name, settings in RUNS.items():
         # One process has its reference live, also where the ranks computed it beforehand.
