@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from .sequence_parallel import sequence_size
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import TrainingArguments
@@ -24,7 +26,8 @@ class Devices:
     Attributes:
         processes: that train together.
         sharding: ``"whole"`` (one process, DDP), ``"fsdp"`` or ``"deepspeed"``.
-        micro_batch: rows of a micro-step over all processes; None where a budget of tokens cuts the batches.
+        micro_batch: rows of a micro-step over all processes, each once where processes share sequences; None
+            where a budget of tokens cuts the batches.
         accumulation: micro-steps of an optimiser step.
     """
 
@@ -43,7 +46,8 @@ class Devices:
         elif getattr(accelerator.state, "deepspeed_plugin", None) is not None:
             sharding = DEEPSPEED
         budget = getattr(args, "tokens_per_batch", None)
-        rows = None if budget is not None else args.train_batch_size * processes
+        shared = sequence_size(args, accelerator)
+        rows = None if budget is not None else args.train_batch_size * processes // shared
         return cls(processes, sharding, rows, args.gradient_accumulation_steps)
 
     def check_resumption(self, saved: dict[str, Any], source: str) -> None:

@@ -27,8 +27,7 @@ from .batch_sampler import deal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from .config import PreferenceConfig
+    from transformers import TrainingArguments
 
 
 class SequenceParallel:
@@ -65,40 +64,17 @@ class SequenceParallel:
 
     @classmethod
     def of(
-        cls, args: PreferenceConfig, accelerator: Accelerator, *models: nn.Module | None
+        cls, args: TrainingArguments, accelerator: Accelerator, *models: nn.Module
     ) -> SequenceParallel | None:
-        """What a configuration asks for: by ``sequence_parallel_size``, or by accelerate's ``cp_size``.
+        """What a configuration asks for; None where every process has whole sequences.
 
         Raises:
-            ValueError: both, or a parallelism of accelerate's that does not go with pairs.
+            ValueError: as :func:`sequence_size` and the class itself.
         """
-        size, parallelism = args.sequence_parallel_size, accelerator.parallelism_config
-        if parallelism is not None and parallelism.sp_enabled:
-            raise ValueError(
-                f"parallelism_config: got sp_size {parallelism.sp_size}, expected 1 and the field "
-                f"sequence_parallel_size: {parallelism.sp_size}; DeepSpeed's own attention takes batches of "
-                "one size and drops masks"
-            )
-        if parallelism is not None and parallelism.cp_enabled:
-            if size not in (1, parallelism.cp_size):
-                raise ValueError(
-                    f"sequence_parallel_size: got {size} with cp_size {parallelism.cp_size} in "
-                    "parallelism_config, expected the same or 1"
-                )
-            if parallelism.tp_enabled:
-                raise ValueError(
-                    f"parallelism_config: got cp_size {parallelism.cp_size} and tp_size {parallelism.tp_size}, "
-                    "expected one of them"
-                )
-            if args.padding_free or args.prefix_sharing:
-                raise ValueError(
-                    f"parallelism_config: got cp_size {parallelism.cp_size} with packed rows, expected 1 and "
-                    f"the field sequence_parallel_size: {parallelism.cp_size}; accelerate takes masks away"
-                )
-            size = parallelism.cp_size
+        size = sequence_size(args, accelerator)
         if size == 1:
             return None
-        return cls(size, args.device.type, *(model for model in models if model is not None))
+        return cls(size, args.device.type, *models)
 
     def deal(self, loader: Any) -> Any:
         """Let a loader of accelerate's give the same batches to all ranks of a group."""
@@ -176,6 +152,40 @@ class SequenceParallel:
             entropy, top1 > 0, logit_mean, dropped,
             (sums[1] / sums[0].clamp_min(1)).to(stats.active_fraction.dtype), sums[2].long(),
         )  # fmt: skip
+
+
+def sequence_size(args: TrainingArguments, accelerator: Accelerator) -> int:
+    """Processes that share a sequence: by the field ``sequence_parallel_size``, or by accelerate's ``cp_size``.
+
+    Raises:
+        ValueError: both, or a parallelism of accelerate's that does not go with pairs.
+    """
+    size = getattr(args, "sequence_parallel_size", 1)
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and parallelism.sp_enabled:
+        raise ValueError(
+            f"parallelism_config: got sp_size {parallelism.sp_size}, expected 1 and the field "
+            f"sequence_parallel_size: {parallelism.sp_size}; DeepSpeed's own attention takes batches of "
+            "one size and drops masks"
+        )
+    if parallelism is not None and parallelism.cp_enabled:
+        if size not in (1, parallelism.cp_size):
+            raise ValueError(
+                f"sequence_parallel_size: got {size} with cp_size {parallelism.cp_size} in "
+                "parallelism_config, expected the same or 1"
+            )
+        if parallelism.tp_enabled:
+            raise ValueError(
+                f"parallelism_config: got cp_size {parallelism.cp_size} and tp_size {parallelism.tp_size}, "
+                "expected one of them"
+            )
+        if args.padding_free or args.prefix_sharing:
+            raise ValueError(
+                f"parallelism_config: got cp_size {parallelism.cp_size} with packed rows, expected 1 and "
+                f"the field sequence_parallel_size: {parallelism.cp_size}; accelerate takes masks away"
+            )
+        size = parallelism.cp_size
+    return size
 
 
 def _placed(values: Tensor, places: Tensor, shape: torch.Size) -> Tensor:

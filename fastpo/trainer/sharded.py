@@ -101,12 +101,13 @@ def _gathered(parameters: list[Any], modifier_rank: int | None = None) -> Any:
 
 
 @contextmanager
-def whole_by_module(model: nn.Module) -> Iterator[None]:
-    """Lets a model run whose weights ZeRO-3 spread when it was loaded, and which no engine serves yet.
+def whole_by_module(*models: nn.Module) -> Iterator[None]:
+    """Lets models run whose weights ZeRO-3 spread when they were loaded, and which no engine serves yet.
 
     While a module runs its own weights are whole; the others stay as they are. Any other model just runs.
     """
-    if not is_zero3(model):
+    spread = [model for model in models if is_zero3(model)]
+    if not spread:
         yield
         return
     running: dict[nn.Module, Any] = {}
@@ -119,7 +120,7 @@ def whole_by_module(model: nn.Module) -> Iterator[None]:
         running.pop(module).__exit__(None, None, None)
 
     handles = []
-    for module in model.modules():
+    for module in (module for model in spread for module in model.modules()):
         if next(module.parameters(recurse=False), None) is not None:
             handles.append(module.register_forward_pre_hook(gather))
             handles.append(module.register_forward_hook(release, always_call=True))

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,9 +139,7 @@ class PreferenceTrainer(ResumableTrainer):
             eval_dataset = self._tokenized(eval_dataset, "eval", args, processing_class)
         pad = processing_class.pad_token_id
         models = [each for each in (model, ref_model) if each is not None]
-        with ExitStack() as stack:
-            for each in models:
-                stack.enter_context(whole_by_module(each))
+        with whole_by_module(*models):
             self.layout = Layout(
                 args, processing_class.eos_token_id if pad is None else pad, *models
             )
@@ -163,7 +161,8 @@ class PreferenceTrainer(ResumableTrainer):
         self._epoch_of_sampler = EpochOfSampler()
         self.add_callback(self._epoch_of_sampler)
         group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
-        self._sequence = SequenceParallel.of(args, self.accelerator, model, ref_model)
+        with whole_by_module(*models):
+            self._sequence = SequenceParallel.of(args, self.accelerator, *models)
         if self._sequence is not None:
             if self.router_coefficient:
                 raise ValueError(

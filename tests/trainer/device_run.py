@@ -20,6 +20,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import ParallelismConfig
 from ranks import fork_ranks
 from safetensors.torch import save_file
 from tiny import tiny_llama, tokenized_pairs
@@ -182,9 +183,10 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
     ``reference``, directories of models (no reference: a copy of the model, or the base of an adapter);
     ``lora``, an adapter's settings; ``load_first``: models are loaded before the configuration exists, so that
     DeepSpeed has no part in it; ``layout`` ``"root"``: one FSDP2 unit for the whole model, of policy and
-    reference; ``plant``: a fault; ``output``: the run whose output directory this one has, to go on with it;
-    ``kill``: the optimiser step after which processes are killed, and which; ``refused``: the error of
-    ``train`` is what comes out; ``save``: write the trained model to ``saved``, too.
+    reference; ``context_parallel``: accelerate's ``cp_size``; ``plant``: a fault; ``output``: the run whose
+    output directory this one has, to go on with it; ``kill``: the optimiser step after which processes are
+    killed, and which; ``refused``: the error of ``train`` is what comes out; ``save``: write the trained model
+    to ``saved``, too.
     """
     launched = "WORLD_SIZE" in os.environ
     output = directory / spec.get("output", name) / "output"
@@ -207,6 +209,10 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
     loaded = models() if spec.get("load_first") else None
     settings = spec["settings" if launched else "single"]
     sharded = {"fsdp", "deepspeed"} & set(settings)
+    if launched and "context_parallel" in spec:
+        size = spec["context_parallel"]
+        parallelism = ParallelismConfig(cp_size=size, dp_shard_size=world // size)
+        settings = {**settings, "parallelism_config": parallelism}
     config = PreferenceConfig(
         output_dir=str(output),
         use_cpu=not sharded,

@@ -1,9 +1,9 @@
 """Two and four gloo processes against one: losses, log-probs, every gradient of every step, and the weights.
 
-DDP, FSDP2 in three layouts (accelerate's own, in which embedding and [norm, head] are units of their own; every
-linear layer with the head among them a unit; one unit for all), ZeRO-2 and ZeRO-3, with a live reference
-that is laid out like the policy. A missing reduction and a margin solved over one process's pairs are planted,
-and noticed.
+DDP, FSDP2 in three layouts (accelerate's own, in which embedding and [norm, head] are units of their own;
+every linear layer with the head among them a unit; one unit for all), ZeRO-2 and ZeRO-3, with a live reference
+that is laid out like the policy, and with the tokens of each sequence spread over processes. A missing
+reduction and a margin solved over one process's pairs are planted, and noticed.
 """
 
 from __future__ import annotations
@@ -60,12 +60,14 @@ def zero(stage: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+CONTEXT = {"fsdp_config": {**fsdp()["fsdp_config"], "activation_checkpointing": True}}
 PARALLEL: dict[str, dict[str, Any]] = {
     "ddp": {},
     "tail": fsdp(),
     "head": fsdp("Linear"),
     "root": {**fsdp(), "layout": "root"},
     "offload": fsdp(cpu_offload=True, activation_checkpointing=True),
+    "context": {**fsdp(), **CONTEXT, "context_parallel": 2},  # accelerate's cp_size
     "zero2": zero(2),
     "zero3": zero(3),
 }
@@ -84,6 +86,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "dnpo": {
         **REFERENCE, "method": "dnpo", "noise_learning_rate": 0.05, "noise_sigma_limit": 1e9,
     },
+    "sequence": {**REFERENCE, "sequence_parallel_size": 2},
+    "sequence-gamma": {
+        **REFERENCE, "sequence_parallel_size": 2, "margin": "gamma", "gamma_tau": 0.3,
+        "gamma_queue_size": 10, "gamma_sample_size": 8,
+    },
+    "sequence-shared": {"sequence_parallel_size": 2, "prefix_sharing": True},
+    "sequence-lora": {
+        "sequence_parallel_size": 2, "lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]},
+    },
     "dnpo-lora": {
         "lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}, "method": "dnpo",
         "noise_learning_rate": 0.05, "noise_sigma_limit": 1e9,
@@ -96,6 +107,7 @@ OF_THE_RUN = (
     "layout",
     "load_first",
     "plant",
+    "context_parallel",
 )  # the rest are settings
 
 # (parallel, method, number of processes)
@@ -114,6 +126,12 @@ GATE = [
     ("zero3", "lora", 2),
     ("tail", "tied", 4),
     ("zero3", "gamma", 4),
+    ("ddp", "sequence", 2),
+    ("tail", "sequence-gamma", 4),
+    ("head", "sequence-shared", 4),
+    ("zero3", "sequence-lora", 4),
+    ("zero2", "sequence", 4),
+    ("context", "dpo", 4),
 ]
 FAULTS = {
     "no all-reduce": ("ddp", "dpo"),
@@ -126,10 +144,12 @@ def spec_of(parallel: str, method: str, world: int, **more: Any) -> dict[str, An
     """What :func:`device_run.run` is told."""
     chosen = {"model": "model", **PARALLEL[parallel], **METHODS[method], **more}
     run = {name: chosen.pop(name) for name in OF_THE_RUN if name in chosen}
-    single = {k: v for k, v in chosen.items() if k not in ("fsdp", "fsdp_config", "deepspeed")}
+    together = ("fsdp", "fsdp_config", "deepspeed", "sequence_parallel_size")
+    single = {k: v for k, v in chosen.items() if k not in together}
+    readers = world // chosen.get("sequence_parallel_size", run.get("context_parallel", 1))
     return {
         **run,
-        "settings": {**SHARED, **chosen, "per_device_train_batch_size": PAIRS // world},
+        "settings": {**SHARED, **chosen, "per_device_train_batch_size": PAIRS // readers},
         # One process has its reference live, also where several computed it beforehand.
         "single": {**SHARED, **single, "per_device_train_batch_size": PAIRS, "precompute_ref_log_probs": False},
     }  # fmt: skip
@@ -225,7 +245,7 @@ def check_layout(name: str, notes: list[dict[str, Any]], world: int) -> None:
     units = notes[0]["units"]
     assert ("root" in units) == (expected == "DTensor")
     heads = [unit for unit in units if "lm_head" in unit]
-    assert bool(heads) == (parallel in ("tail", "head", "offload"))
+    assert bool(heads) == (parallel in ("tail", "head", "offload", "context"))
     if "lora" in method or "precomputed" in method:
         assert all(seen["reference"] is None for seen in notes)
         return
@@ -247,6 +267,8 @@ def test_every_method_in_every_layout(compared: Compared, world: int) -> None:
         # DeepSpeed has no place for the noise, and a head that is tied cannot be a unit beside its embedding.
         if not (parallel.startswith("zero") and "dnpo" in method)
         and (parallel, method) != ("head", "tied")
+        # Processes that share sequences by cp_size have no others to share them with, nor packed rows.
+        and not (parallel == "context" and ("sequence" in method or "shared" in method))
     }
     compared.do({"world": world, "runs": runs})
     for name, spec in runs.items():
