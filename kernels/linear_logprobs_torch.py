@@ -112,6 +112,8 @@ def forward(
                     moment[r] = decay * carried + row_dot(weights, shifted)
                 total[r] = decay * total[r] + weights.sum(dim=1)
                 peak[r] = new_peak
+                # Until the next tile is made a name would keep this one: a tile more at the peak, two with statistics.
+                del z, shifted, weights
         if weight_sum is not None:
             logit_sum = torch.cat(
                 [row_block(hidden, rows, r, dtype) @ weight_sum for r in spans(n, tile.rows)]

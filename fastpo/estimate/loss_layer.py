@@ -6,8 +6,7 @@ buffer by buffer. The Triton kernels keep to the same plans and hold less of the
 counts a float32), so that on CUDA the result is an upper bound.
 
 Exact, tile of R×C:
-    forward   w·(R·C, twice with statistics, and as much again of the tile before; R·H gathered rows; C·H of
-              the head widened if narrow)
+    forward   w·(R·C, twice with statistics; R·H gathered rows; C·H of the head widened if narrow)
     backward  w·(R·C, twice with a softcap; R·H; C·H if narrow) + the wide accumulator: w·n·H for n ≤ V,
               else w·V·H if narrow, and w·R·H
 Certified:
@@ -111,11 +110,9 @@ class _Call:
     def exact_forward(self) -> int:
         rows, cols, noise = self._tile()
         elements = (1 + noise) * rows * cols + rows * self.width + self.narrow * cols * self.width
-        # A tile and its exponentials are let go of when the next ones are made.
-        before = min(rows, self.n - rows) if rows < self.n else rows * (cols < self.vocab)
-        at_product = (1 + self.stats) * before * cols * self.wide + self._logits_product(rows, cols)
-        at_exponentials = self.stats * (before + rows) * cols * self.wide
-        return self.wide * elements + max(at_product, at_exponentials)
+        # With statistics a tile stays beside its exponentials, which are made after the product.
+        beside = self.stats * rows * cols * self.wide
+        return self.wide * elements + max(beside, self._logits_product(rows, cols))
 
     def exact_backward(self) -> int:
         rows, cols, noise = self._tile()
