@@ -112,7 +112,7 @@ def forward(
                     moment[r] = decay * carried + row_dot(weights, shifted)
                 total[r] = decay * total[r] + weights.sum(dim=1)
                 peak[r] = new_peak
-                # Until the next tile is made a name would keep this one: a tile more at the peak, two with statistics.
+                # A name would keep this tile until the next one is made: one more at the peak.
                 del z, shifted, weights
         if weight_sum is not None:
             logit_sum = torch.cat(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from .activation_offloading import OffloadCallback
 from .checkpoint import (
     STATE_FILE,
     RunState,
@@ -59,6 +60,7 @@ class ResumableTrainer(Trainer):
         self._window = MetricWindow()
         self._eval_window = MetricWindow()
         # LogLastStep is the last: any of the others may end the training.
+        callbacks = [*([OffloadCallback()] if args.activation_offloading else []), *callbacks]
         super().__init__(model, args, callbacks=[*callbacks, LogLastStep()], **options)
 
     # ---- What a subclass says ----
