@@ -45,13 +45,14 @@ class PackedAttention:
         model: a transformers causal LM, bare or wrapped; probed here (a few forwards on some ten tokens), so
             construct this before the parameters are sharded.
         prefix_sharing: whether rows will hold branches.
+        trial: False: believe the model's configuration, as for a model without numbers.
 
     Raises:
         ValueError: an attention that cannot do it, or a model whose packed rows give other log-probs, such as
             one with recurrent layers.
     """
 
-    def __init__(self, model: nn.Module, *, prefix_sharing: bool) -> None:
+    def __init__(self, model: nn.Module, *, prefix_sharing: bool, trial: bool = True) -> None:
         self.core, _ = find_causal_lm(model)
         self.option = "prefix_sharing" if prefix_sharing else "padding_free"
         self.implementation = getattr(self.core.config, "_attn_implementation", None) or "eager"
@@ -71,7 +72,8 @@ class PackedAttention:
         self._config = config
         # By kind where the model says of which kind each layer is, else one for all; the probe decides.
         self._by_kind = bool(kinds)
-        self._probe(model, prefix_sharing, kinds)
+        if trial:
+            self._probe(model, prefix_sharing, kinds)
 
     @property
     def one_row(self) -> bool:
