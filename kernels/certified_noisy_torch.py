@@ -134,6 +134,7 @@ def backward(
                 if noise.projection is not None and gradients.dx is not None and dx is not None:
                     gradients.dx.index_add_(0, places, dx)
             gradients.end_slice(v, sums)
+            del sums  # a name would keep the sums of this slice until those of the next are made
         return gradients.finish()
 
 

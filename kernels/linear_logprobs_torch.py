@@ -112,6 +112,8 @@ def forward(
                     moment[r] = decay * carried + row_dot(weights, shifted)
                 total[r] = decay * total[r] + weights.sum(dim=1)
                 peak[r] = new_peak
+                # A name would keep this tile until the next one is made: one more at the peak.
+                del z, shifted, weights
         if weight_sum is not None:
             logit_sum = torch.cat(
                 [row_block(hidden, rows, r, dtype) @ weight_sum for r in spans(n, tile.rows)]

@@ -19,7 +19,8 @@ class EstimateConfig(PreferenceConfig):
     device has it. ``fsdp`` and ``deepspeed`` of the run have no effect here: ``sharding`` says it.
 
     Raises:
-        ValueError: ``devices`` < 1, an unknown ``sharding``, or a ``device_memory`` that is not positive.
+        ValueError: ``devices`` < 1, an unknown ``sharding``, a ``device_memory`` that is not positive, or a
+            ``prompt_length`` that leaves no room for an answer.
     """
 
     devices: int = field(default=1, metadata={"help": "how many devices share the run"})
@@ -27,6 +28,12 @@ class EstimateConfig(PreferenceConfig):
         default="none",
         metadata={
             "help": "over the devices: none (each holds all), fsdp, zero2 or zero3 (DeepSpeed's stages)"
+        },
+    )
+    prompt_length: int = field(
+        default=1,
+        metadata={
+            "help": "tokens of each pair's prompt: not scored, and with prefix_sharing there once; 1 needs most"
         },
     )
     device_memory: float | None = field(
@@ -52,6 +59,16 @@ class EstimateConfig(PreferenceConfig):
         """Whether devices hold parts of the weights' state."""
         return self.devices > 1 and self.sharding != "none"
 
+    @property
+    def packs_rows(self) -> bool:
+        """Whether sequences share rows."""
+        return self.padding_free or self.prefix_sharing
+
+    @property
+    def shards_reference(self) -> bool:
+        """Whether a live reference is sharded as the policy's weights are."""
+        return self.is_sharded and self.sharding != "zero2"
+
     def _check(self) -> None:
         super()._check()
         if not (isinstance(self.devices, int) and self.devices >= 1):
@@ -59,6 +76,12 @@ class EstimateConfig(PreferenceConfig):
         if self.sharding not in SHARDINGS:
             raise ValueError(
                 f"sharding: got {self.sharding!r}, expected one of {', '.join(SHARDINGS)}"
+            )
+        if not (isinstance(self.prompt_length, int) and self.prompt_length >= 1):
+            raise ValueError(f"prompt_length: got {self.prompt_length!r}, expected an integer ≥ 1")
+        if self.max_length and self.prompt_length >= self.max_length:
+            raise ValueError(
+                f"prompt_length: got {self.prompt_length}, expected less than max_length ({self.max_length})"
             )
         if self.device_memory is not None and not self.device_memory > 0:
             raise ValueError(

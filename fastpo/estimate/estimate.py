@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from .ledger import HOST
 from .sharding import on_one_device
-from .step import simulate
+from .step import Simulation, simulate
 
 if TYPE_CHECKING:
     from .config import EstimateConfig
@@ -24,9 +26,12 @@ class Estimate:
         model: class of the model.
         parameters, trained: how many numbers it has, and how many of them are trained.
         dtype: of its weights, as the layers see them.
+        sequences, sequence_tokens: of the micro-step, how many there are and how long each is.
+        rows, row_tokens: how they lie.
         most: of each part by itself, over the step.
         at_peak: of each part when all together are at their most.
         total: the sum of ``at_peak``: what the device must have.
+        host_memory: what waits for the backward outside the device, at most.
         device_memory: what it has; None where that is not known.
         notes: what the numbers leave out.
     """
@@ -35,9 +40,14 @@ class Estimate:
     parameters: int
     trained: int
     dtype: str
+    sequences: int
+    sequence_tokens: int
+    rows: int
+    row_tokens: int
     most: dict[str, int]
     at_peak: dict[str, int]
     total: int
+    host_memory: int
     device_memory: int | None
     notes: list[str] = field(default_factory=list)
 
@@ -62,7 +72,11 @@ def estimate(config: EstimateConfig) -> Estimate:
         )
     seen = simulate(config)
     timeline, parts = on_one_device(seen, config)
+    host = parts.index(HOST)
+    host_memory = int(timeline[:, host].max())
+    timeline, parts = np.delete(timeline, host, axis=1), (*parts[:host], *parts[host + 1 :])
     totals = timeline.sum(axis=1)
+    rows, row_tokens = seen.micro_step.batch["input_ids"].shape
     peak = int(totals.argmax())
     memory = None if config.device_memory is None else int(config.device_memory * GIB)
     if memory is None and torch.cuda.is_available():
@@ -72,6 +86,10 @@ def estimate(config: EstimateConfig) -> Estimate:
         seen.parameters,
         seen.trained,
         str(seen.dtype).removeprefix("torch."),
+        seen.micro_step.sequences,
+        seen.micro_step.length,
+        rows,
+        row_tokens,
         {name: int(n) for name, n in zip(parts, timeline.max(axis=0), strict=True) if n},
         {
             name: int(n)
@@ -79,29 +97,26 @@ def estimate(config: EstimateConfig) -> Estimate:
             if most
         },
         int(totals[peak]),
+        host_memory,
         memory,
-        _notes(config),
+        _notes(config, seen),
     )
 
 
-def _notes(config: EstimateConfig) -> list[str]:
+def _notes(config: EstimateConfig, seen: Simulation) -> list[str]:
     notes = []
-    packed = [
-        n for n in ("padding_free", "prefix_sharing", "tokens_per_batch") if getattr(config, n)
-    ]
-    if packed:
+    if config.prefix_sharing and config.prompt_length == 1:
         notes.append(
-            f"{', '.join(packed)}: not counted, the micro-step is per_device_train_batch_size pairs padded to "
-            "max_length"
+            "prefix_sharing: counted for pairs without a prompt to share; prompt_length says how long theirs is"
+        )
+    if not seen.plain_head:
+        notes.append(
+            "the head is neither a plain linear layer nor plain LoRA on one, and counted without what is added"
         )
     if config.use_liger_kernel:
         notes.append("use_liger_kernel: counted without Liger's layers, which hold less")
     if config.torch_compile:
         notes.append("torch_compile: counted as if not compiled")
-    options = getattr(config, "activation_checkpointing_kwargs", None)
-    options = options or config.gradient_checkpointing_kwargs or {}
-    if options.get("offload"):
-        notes.append("gradient checkpoints that go to the host are counted as if they stayed")
     if config.is_sharded:
         notes.append("sharded parts are computed from one device's, not measured")
     return notes

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fastpo
 from fastpo.head.causal_lm import find_causal_lm, linear_layers
+from fastpo.head.lora import is_plain_lora, lora_logprobs
+from fastpo.trainer.activation_offloading import offload_activations
 from fastpo.trainer.model import add_adapter
+
+from .ledger import HOST, Ledger
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from .config import EstimateConfig
-
-_ATTENTION_WITHOUT_MASK = "flash"  # prefix of implementations that read lengths and hold no mask
 
 
 def read_model_config(config: EstimateConfig, field: str) -> PretrainedConfig:
@@ -57,11 +58,6 @@ def read_model_config(config: EstimateConfig, field: str) -> PretrainedConfig:
         if hasattr(found, key):  # as from_pretrained does
             setattr(found, key, value)
     return found
-
-
-def holds_masks(config: EstimateConfig) -> bool:
-    """Whether the attention implementation holds a mask of all pairs of positions."""
-    return not (config.attn_implementation or "").startswith(_ATTENTION_WITHOUT_MASK)
 
 
 def make_model(
@@ -127,22 +123,40 @@ def allocate(model: nn.Module) -> None:
                     held[name] = of(value)
 
 
-def enable_checkpointing(model: PreTrainedModel, config: EstimateConfig) -> None:
-    """Recompute activations in the backward where the run does, as transformers' Trainer switches it on."""
-    on = getattr(config, "activation_checkpointing", None) or config.gradient_checkpointing
-    if not on:
+def enable_checkpointing(model: PreTrainedModel, config: EstimateConfig, ledger: Ledger) -> None:
+    """Recompute activations in the backward where the run does, as transformers' Trainer switches it on.
+
+    What is offloaded counts as the host's, unless the run is on the host anyway.
+    """
+    if not config.checkpoints_activations:
         return
-    given = getattr(config, "activation_checkpointing_kwargs", None)
-    options: dict[str, Any] = dict(given or config.gradient_checkpointing_kwargs or {})
+    options = config.checkpointing_options
     spacing = options.pop("every_n_layers", 1)
-    options.pop("offload", None)
+    offloads = options.pop("offload", False) or config.activation_offloading
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(
             activation_checkpointing_kwargs=options or None,
             **({} if spacing == 1 else {"every_n_layers": spacing}),
         )
     else:  # transformers before 5.19
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None)
+        spaced = {} if spacing == 1 else {"every_n_layers": spacing}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None, **spaced)
+    if not offloads:
+        return
+    if config.use_cpu:
+        offload_activations(model)
+        return
+
+    def to_host(tensor: Tensor) -> tuple[bool, Tensor]:
+        if not tensor.requires_grad:
+            return False, tensor
+        with ledger.charging(HOST):
+            return True, torch.empty_like(tensor, requires_grad=False)
+
+    def to_device(kept: tuple[bool, Tensor]) -> Tensor:
+        return torch.empty_like(kept[1]) if kept[0] else kept[1]
+
+    offload_activations(model, to_host, to_device)
 
 
 class ScoringHead:
@@ -151,32 +165,53 @@ class ScoringHead:
     That class looks at numbers to find out what a model does after its head, which fake tensors do not have.
 
     Attributes:
-        hidden: (B, T, H) of the last call, and ``log_probs`` (B, T).
+        is_plain: whether the head is a linear layer or plain LoRA on one.
+        hidden: (B, T, H) of the last call, those that score its labels, and ``log_probs`` (B, T).
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         _, head = find_causal_lm(model)
         layers = linear_layers(head)
-        # LoRA on the head: the frozen layer within.
+        # What kind of layer it is shows as long as its weight is no fake tensor.
+        self.lora = head if is_plain_lora(head) else None
+        # Another head that is adapted or quantised: the layer within.
         self.layer: Any = layers[-1] if layers else getattr(head, "base_layer", head)
         self.frozen_layer: Any = layers[0] if layers else self.layer
+        self.is_plain = bool(layers or self.lora)
         self.options = options
         self.labels: Tensor | None = None
+        self.hidden_index: Tensor | None = None
         self.hidden: Tensor | None = None
         self.log_probs: Tensor | None = None
         head.forward = self  # type: ignore[method-assign,assignment]
 
     def __call__(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        layer = self.layer if torch.is_grad_enabled() else self.frozen_layer
+        placeholder = hidden.new_zeros((*hidden.shape[:-1], 1))
+        if self.hidden_index is not None:
+            index = self.hidden_index
+            hidden = (
+                hidden.flatten(0, -2).index_select(0, index.flatten()).unflatten(0, index.shape)
+            )
         self.hidden = hidden
         if self.labels is not None:
-            result = fastpo.linear_logprobs(
-                hidden, layer.weight, self.labels, layer.bias, **self.options
-            )
+            result = self._score(hidden, self.labels)
             self.log_probs = result[0] if isinstance(result, tuple) else result
-        return hidden.new_zeros((*hidden.shape[:-1], 1))
+        return placeholder
 
-    def score(self, call: functools.partial[Any], labels: Tensor | None) -> Any:
-        """Call the model for log-probs of ``labels`` (B, T), or for its hidden states alone; its output."""
-        self.labels, self.log_probs, self.hidden = labels, None, None
+    def _score(self, hidden: Tensor, labels: Tensor) -> Any:
+        if self.lora is not None:
+            operation = fastpo.linear_logprobs
+            return lora_logprobs(self.lora, operation, hidden, labels, **self.options)
+        layer = self.layer if torch.is_grad_enabled() else self.frozen_layer
+        return fastpo.linear_logprobs(hidden, layer.weight, labels, layer.bias, **self.options)
+
+    def score(
+        self, call: Callable[[], Any], labels: Tensor | None, hidden_index: Tensor | None
+    ) -> Any:
+        """Call the model for log-probs of ``labels`` (B, T), or for its hidden states alone; its output.
+
+        ``hidden_index`` (B, T) says where in a packed batch they are; None: where the labels are.
+        """
+        self.labels, self.hidden_index = labels, hidden_index
+        self.log_probs = self.hidden = None
         return call()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WEIGHTS, REFERENCE, NOISE, GRADIENTS, OPTIMIZER, LOSS_LAYER, ACTIVATIONS = PARTS = (
+WEIGHTS, REFERENCE, NOISE, GRADIENTS, OPTIMIZER, LOSS_LAYER, ACTIVATIONS, HOST = PARTS = (
     "weights",
     "reference model",
     "noise generator",
@@ -21,6 +21,7 @@ WEIGHTS, REFERENCE, NOISE, GRADIENTS, OPTIMIZER, LOSS_LAYER, ACTIVATIONS = PARTS
     "optimizer",
     "loss layer",
     "activations",
+    "host memory",  # of a device's run: not the device's
 )
 
 

@@ -25,14 +25,13 @@ def print_estimate(config: EstimateConfig) -> None:
 
 def table(config: EstimateConfig, result: Estimate) -> str:
     """What :func:`print_estimate` prints without ``json``."""
-    sequences = 2 * config.per_device_train_batch_size
     autocast = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
     devices = f"{config.devices} device" + "s" * (config.devices > 1)
     lines = [
         f"{result.model}: {result.parameters:,} parameters in {result.dtype}, {result.trained:,} trained; "
         f"{autocast} autocast",
-        f"{sequences} sequences of {config.max_length} tokens per device at once; {devices}, "
-        f"sharding {config.sharding}",
+        f"{result.sequences} sequences of {result.sequence_tokens} tokens per device at once{_rows(result)}; "
+        f"{devices}, sharding {config.sharding}",
         "",
         f"{'memory per device':<20}{'at most':>12}{'at the peak':>14}",
     ]
@@ -45,8 +44,17 @@ def table(config: EstimateConfig, result: Estimate) -> str:
             f"fits, {_size(rest)} left" if result.fits else f"does not fit, {_size(-rest)} short"
         )
         lines.append(f"  {'device':<18}{'':>12}{_size(result.device_memory):>14}  {verdict}")
+    if result.host_memory:
+        lines.append(f"  {'on the host':<18}{_size(result.host_memory):>12}")
     lines += ["", *result.notes] if result.notes else []
     return "\n".join(lines)
+
+
+def _rows(result: Estimate) -> str:
+    if (result.rows, result.row_tokens) == (result.sequences, result.sequence_tokens):
+        return ""
+    rows = f"{result.rows} rows" if result.rows > 1 else "one row"
+    return f", in {rows} of {result.row_tokens}"
 
 
 def _size(count: int) -> str:

@@ -10,7 +10,8 @@ With N devices and mixed precision in 16 bits ("16"), or without it ("32"):
 | zero3 | as zero2, 1/N | 1/N | as zero2 | weights gathered while they are used |
 
 Gathered are everything outside the layers, and two layers, of which the next is fetched while one is at work.
-Activations, the loss layer, the reference model and a noise generator are whole on every device.
+A live reference is as its policy's weights, but whole in the loaded dtype under zero2. Activations, the loss
+layer and a noise generator are whole on every device.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .ledger import GRADIENTS, OPTIMIZER, PARTS, WEIGHTS
+from .ledger import GRADIENTS, OPTIMIZER, PARTS, REFERENCE, WEIGHTS
 
 if TYPE_CHECKING:
     from .config import EstimateConfig
@@ -30,8 +31,8 @@ BUCKETS, GATHERED = "gradient buckets", "gathered weights"
 _SHARDED = {
     "none": (),
     "zero2": (GRADIENTS, OPTIMIZER),
-    "zero3": (WEIGHTS, GRADIENTS, OPTIMIZER),
-    "fsdp": (WEIGHTS, GRADIENTS, OPTIMIZER),
+    "zero3": (WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER),
+    "fsdp": (WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER),
 }
 
 
@@ -53,8 +54,14 @@ def on_one_device(seen: Simulation, config: EstimateConfig) -> tuple[np.ndarray,
     if config.devices > 1 and config.sharding == "none":
         added, name = int(seen.timeline[:, PARTS.index(GRADIENTS)].max()), BUCKETS
     elif config.is_sharded and WEIGHTS in _SHARDED[config.sharding]:
-        layer, others = seen.units
-        added = min(2 * layer + others, int(seen.timeline[:, PARTS.index(WEIGHTS)].max()))
+        # Policy and reference take turns.
+        added = max(
+            min(2 * layer + others, int(seen.timeline[:, PARTS.index(part)].max()))
+            for part, (layer, others) in (
+                (WEIGHTS, seen.units),
+                (REFERENCE, seen.reference_units),
+            )
+        )
     column = np.full((len(own), 1), added, dtype=np.int64)
     return np.concatenate([own, column], axis=1), (*PARTS, name)
 
@@ -68,5 +75,5 @@ def _precision(seen: Simulation, config: EstimateConfig) -> tuple[dict[str, floa
     if config.sharding == "fsdp":
         stored = seen.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         wider = stored.itemsize / seen.dtype.itemsize
-        return dict.fromkeys((WEIGHTS, *trained), wider), 0
+        return dict.fromkeys((WEIGHTS, REFERENCE, *trained), wider), 0
     return ({} if seen.adapted else {OPTIMIZER: 2.0}), 4 * seen.trained

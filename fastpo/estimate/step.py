@@ -1,8 +1,8 @@
 """One optimiser step of a run on fake tensors, with every allocation in a ledger.
 
 The step is not the first: the optimizer's state is there before it begins. Its micro-step is as large as they
-come: every answer has ``max_length`` tokens, and all of them are scored. With gradient accumulation there are
-two micro-steps, as the second finds the gradients of the first.
+come (:mod:`fastpo.estimate.micro_step`). With gradient accumulation there are two micro-steps, as the second
+finds the gradients of the first.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 
 import fastpo
 from fastpo.head.causal_lm import find_causal_lm
+from fastpo.head.packed_attention import PackedAttention
 from fastpo.trainer.model import disable_dropout, is_peft_model, router_coefficient
 from fastpo.trainer.noise import NoisePlayer, make_generator
 from fastpo.trainer.reference import base_model
@@ -32,13 +33,13 @@ from .fake_model import (
     ScoringHead,
     allocate,
     enable_checkpointing,
-    holds_masks,
     make_model,
     read_model_config,
     with_adapter,
 )
 from .ledger import GRADIENTS, NOISE, OPTIMIZER, REFERENCE, WEIGHTS, Ledger
 from .loss_layer import workspace_bytes
+from .micro_step import MicroStep, holds_masks, largest_micro_step
 from .optimizer import make_optimizer
 
 if TYPE_CHECKING:
@@ -52,7 +53,10 @@ class Simulation(NamedTuple):
 
     Attributes:
         timeline: (moments, parts) int64, bytes alive per part of ``ledger.PARTS``.
-        units: bytes of what a sharded model gathers at once: (largest block of layers, everything else).
+        units: bytes of what a sharded policy gathers at once: (largest block of layers, everything else).
+        reference_units: the same of a live reference, (0, 0) without one.
+        micro_step: what ran.
+        plain_head: whether the head is a linear layer, or plain LoRA on one.
         parameters, trained: of the policy, how many numbers.
         name: of the model's class.
         dtype: of its weights in the step.
@@ -61,6 +65,9 @@ class Simulation(NamedTuple):
 
     timeline: np.ndarray
     units: tuple[int, int]
+    reference_units: tuple[int, int]
+    micro_step: MicroStep
+    plain_head: bool
     parameters: int
     trained: int
     name: str
@@ -80,8 +87,9 @@ def simulate(config: EstimateConfig) -> Simulation:
     reference_config = policy_config
     if config.ref_model_name_or_path and config.needs_reference:
         reference_config = read_model_config(config, "ref_model_name_or_path")
-    ledger = Ledger(functools.partial(workspace_bytes, device))
-    step = _Step(config, ledger, device, policy_config, reference_config)
+    micro_step = largest_micro_step(config)
+    ledger = Ledger(functools.partial(workspace_bytes, device, micro_step.scored))
+    step = _Step(config, ledger, device, micro_step, policy_config, reference_config)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
             step.allocate()
@@ -99,6 +107,9 @@ def simulate(config: EstimateConfig) -> Simulation:
     return Simulation(
         ledger.timeline(),
         _units(policy),
+        (0, 0) if step.reference is None else _units(step.reference),
+        micro_step,
+        step.head.is_plain,
         sum(p.numel() for p in policy.parameters()),
         sum(p.numel() for p in policy.parameters() if p.requires_grad),
         type(find_causal_lm(policy)[0]).__name__,
@@ -115,10 +126,11 @@ class _Step:
         config: EstimateConfig,
         ledger: Ledger,
         device: torch.device,
+        micro_step: MicroStep,
         policy_config: Any,
         reference_config: Any,
     ) -> None:
-        self.config, self.ledger, self.device = config, ledger, device
+        self.config, self.ledger, self.device, self.largest = config, ledger, device, micro_step
         # FSDP and DeepSpeed give the layers weights in the dtype they compute in, where autocast makes copies.
         dtype = config.compute_dtype if config.is_sharded else None
         self.policy = with_adapter(config, make_model(config, policy_config, dtype))
@@ -129,7 +141,9 @@ class _Step:
         if self.scores_reference and (
             not is_peft_model(self.policy) or config.ref_model_name_or_path
         ):
-            self.reference = make_model(config, reference_config)
+            self.reference = make_model(
+                config, reference_config, dtype if config.shards_reference else None
+            )
             self.reference.eval().requires_grad_(False)
         self.noise: NoisePlayer | None = None
         self.kept: Tensor | None = None  # what the noise keeps of the last micro-step
@@ -160,7 +174,12 @@ class _Step:
             disable_dropout(self.policy)
         core, _ = find_causal_lm(self.policy)
         self.router = router_coefficient(core, config.router_aux_loss_coef)
-        enable_checkpointing(self.policy, config)
+        if self.router and config.packs_rows:
+            raise ValueError(
+                f"router_aux_loss_coef: got {self.router:g} with packed rows, expected 0: transformers takes "
+                "the load-balancing loss over padded rows"
+            )
+        enable_checkpointing(self.policy, config, ledger)
         self.policy.train()
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         for parameter in self.trained:
@@ -198,20 +217,28 @@ class _Step:
         dtype = self.config.compute_dtype
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
+    def _inputs(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """Keywords of a forward beside the labels, masks included."""
+        if not self.config.packs_rows:
+            mask = batch["attention_mask"] if holds_masks(self.config) else None
+            return {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
+        if not holds_masks(self.config):
+            # Positions alone would have transformers look into them for the bounds of the sequences.
+            return {"input_ids": batch["input_ids"], "use_cache": False}
+        attention = PackedAttention(model, prefix_sharing=self.config.prefix_sharing, trial=False)
+        where = (batch[name] for name in ("input_ids", "position_ids", "groups", "branches"))
+        return {**attention.inputs(*where), "use_cache": False}
+
     def _micro_step(self) -> None:
-        config = self.config
-        pairs, length = config.per_device_train_batch_size, config.max_length or 0
-        ids = torch.zeros(2 * pairs, length, dtype=torch.int64)
-        mask = torch.ones_like(ids)
-        labels = torch.zeros_like(ids)
-        inputs = {"input_ids": ids, "attention_mask": mask if holds_masks(config) else None}
+        batch = {name: torch.zeros_like(t) for name, t in self.largest.batch.items()}
         reference_loss: Tensor | None = None
         if self.scores_reference:
-            reference_loss = self._score_reference(inputs, labels)
+            reference_loss = self._score_reference(batch)
         further = {"output_router_logits": True} if self.router else {}
-        call = functools.partial(self.policy, **inputs, use_cache=False, **further)
+        inputs = self._inputs(self.policy, batch)
+        call = functools.partial(self.policy, **inputs, **further)
         with self._autocast():
-            output = self.head.score(call, labels)
+            output = self.head.score(call, batch["completion_labels"], batch.get("hidden_index"))
         assert self.head.log_probs is not None
         loss = self.head.log_probs.double().sum()
         if self.router:
@@ -222,13 +249,16 @@ class _Step:
         self.head.hidden = self.head.log_probs = None
         loss.backward()
 
-    def _score_reference(self, inputs: dict[str, Any], labels: Tensor) -> Tensor | None:
+    def _score_reference(self, batch: dict[str, Tensor]) -> Tensor | None:
         """Run the reference; under method dnpo the noise's part of the loss."""
         model = self.policy if self.reference is None else self.reference
         without = base_model(self.policy) if self.reference is None else nullcontext()
-        call = functools.partial(model, **inputs, use_cache=False)
+        call = functools.partial(model, **self._inputs(model, batch))
+        labels = batch["completion_labels"]
         with torch.no_grad(), self._autocast(), without:
-            self.reference_head.score(call, None if self.noise else labels)
+            self.reference_head.score(
+                call, None if self.noise else labels, batch.get("hidden_index")
+            )
             if self.noise is None:
                 return None
             return self._score_noise(self.noise, labels)
@@ -243,8 +273,9 @@ class _Step:
             hidden[:half], layer.weight, labels[:half], layer.bias, **self.options
         )
         rows = labels[half:].reshape(-1)
+        rows = rows[: round(self.largest.scored * len(rows))]
         with torch.enable_grad():
-            kept = hidden[half:].reshape(-1, hidden.shape[-1]).clone()
+            kept = hidden[half:].reshape(-1, hidden.shape[-1])[: len(rows)].clone()
             self.kept = kept
             noisy, _ = noise.generator.forward(
                 kept,

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from fastpo.head.causal_lm import find_causal_lm
 from fastpo.head.tail import evaluating
+from fastpo.packed_rows import lay_out, pieces_of_pair
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 PROBE_WINDOW = 3  # while probing, so that a window shows in a few tokens
@@ -45,13 +46,14 @@ class PackedAttention:
         model: a transformers causal LM, bare or wrapped; probed here (a few forwards on some ten tokens), so
             construct this before the parameters are sharded.
         prefix_sharing: whether rows will hold branches.
+        trial: False: believe the model's configuration, as for a model without numbers.
 
     Raises:
         ValueError: an attention that cannot do it, or a model whose packed rows give other log-probs, such as
             one with recurrent layers.
     """
 
-    def __init__(self, model: nn.Module, *, prefix_sharing: bool) -> None:
+    def __init__(self, model: nn.Module, *, prefix_sharing: bool, trial: bool = True) -> None:
         self.core, _ = find_causal_lm(model)
         self.option = "prefix_sharing" if prefix_sharing else "padding_free"
         self.implementation = getattr(self.core.config, "_attn_implementation", None) or "eager"
@@ -71,7 +73,8 @@ class PackedAttention:
         self._config = config
         # By kind where the model says of which kind each layer is, else one for all; the probe decides.
         self._by_kind = bool(kinds)
-        self._probe(model, prefix_sharing, kinds)
+        if trial:
+            self._probe(model, prefix_sharing, kinds)
 
     @property
     def one_row(self) -> bool:
@@ -156,54 +159,33 @@ class PackedAttention:
 
 
 def _difference(attention: PackedAttention, model: nn.Module, prefix_sharing: bool) -> float:
-    """Of the log-probs of packed and single sequences: root mean square, in units of their own spread."""
+    """Of the log-probs where answers are scored, packed and in single sequences: root mean square, in units of
+    their own spread."""
     core = attention.core
     device = core.get_input_embeddings().weight.device
     vocab = core.config.get_text_config().vocab_size
     lengths = ((7, 4, 6), (5, 6, 3))  # prompt, chosen, rejected
     total = sum(map(sum, lengths))
-    ids = (torch.arange(1, total + 1) * 7919 % (vocab - 1) + 1).split(
-        [n for pair in lengths for n in pair]
-    )
-    single: list[Tensor] = []
-    packed: list[list[Tensor]] = [[], [], [], []]  # ids, positions, groups, branches
-    places: list[Tensor] = []  # of each single sequence in the row
-    at = 0
-    for k in range(len(lengths)):
-        prompt, *answers = ids[3 * k : 3 * k + 3]
-        start = at
-        for branch, answer in enumerate(answers, start=1):
-            single.append(torch.cat([prompt, answer]))
-            shared = prefix_sharing and branch == 2
-            tokens = answer if shared else single[-1]
-            first = len(prompt) if shared else 0
-            own = torch.arange(at, at + len(tokens))
-            places.append(
-                torch.cat([torch.arange(start, start + len(prompt)), own]) if shared else own
-            )
-            group = k if prefix_sharing else 2 * k + branch
-            branches = torch.zeros_like(tokens)
-            if prefix_sharing:
-                branches[0 if shared else len(prompt) :] = branch
-            for part, values in zip(
-                packed,
-                (
-                    tokens,
-                    torch.arange(first, first + len(tokens)),
-                    torch.full_like(tokens, group),
-                    branches,
-                ),
-                strict=True,
-            ):
-                part.append(values)
-            at += len(tokens)
-    row = [torch.cat(part)[None].to(device) for part in packed]
+    ids = torch.arange(1, total + 1) * 7919 % (vocab - 1) + 1
+    pairs = [
+        part.split(list(n))
+        for part, n in zip(ids.split([*map(sum, lengths)]), lengths, strict=True)
+    ]
+    pieces = [
+        piece
+        for k, (prompt, *answers) in enumerate(pairs)
+        for piece in pieces_of_pair(k, prompt, answers, prefix_sharing)
+    ]
+    *laid, scored = lay_out(pieces, pad_token_id=0, one_row=True)
+    row = [part.to(device) for part in laid]
     together = model(**attention.inputs(*row), use_cache=False).logits[0].double().log_softmax(-1)
     squares, spread = [], []
-    for tokens, place in zip(single, places, strict=True):
-        alone = model(input_ids=tokens[None].to(device), use_cache=False).logits[0]
+    for (side, pair), (_, places) in scored.items():
+        prompt, answer = pairs[pair][0], pairs[pair][1 + side]
+        tokens = torch.cat([prompt, answer])[None].to(device)
+        alone = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1]
         alone = alone.double().log_softmax(-1)
-        squares.append((together[place.to(device)] - alone).square().mean())
+        squares.append((together[places.to(device)] - alone).square().mean())
         spread.append(alone.var(dim=-1).mean())
     return (torch.stack(squares).mean() / torch.stack(spread).mean()).sqrt().item()
 

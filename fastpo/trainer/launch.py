@@ -115,7 +115,7 @@ def model_to_train(config: RunConfig) -> PreTrainedModel:
             )
         return model
     adapted = add_adapter(model, config.peft)
-    if (config.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    if config.checkpointing_options.get("use_reentrant"):
         # Checkpoints of this kind pass no gradient on if their input has none, as a frozen embedding's has.
         adapted.enable_input_require_grads()
     return adapted

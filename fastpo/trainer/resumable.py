@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from fastpo.rank_watch import watch_ranks
 
+from .activation_offloading import OffloadCallback
 from .agreement import check_agreement, rows_digest, shared_settings, state_digest
 from .checkpoint import (
     STATE_FILE,
@@ -78,6 +79,7 @@ class ResumableTrainer(Trainer):
         self._window = MetricWindow()
         self._eval_window = MetricWindow()
         # LogLastStep is the last: any of the others may end the training.
+        callbacks = [*([OffloadCallback()] if args.activation_offloading else []), *callbacks]
         super().__init__(model, args, callbacks=[*callbacks, LogLastStep()], **options)
 
     # ---- What a subclass says ----

@@ -123,6 +123,12 @@ class RunConfig(TrainingArguments):
             "help": "a certified backward without a float32 sum beside dH or dW, at more time"
         },
     )
+    activation_offloading: bool = field(
+        default=False,
+        metadata={
+            "help": "with gradient_checkpointing: hidden states wait for the backward in the host's memory"
+        },
+    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "no dropout anywhere in the model; a reference never has any"},
@@ -159,6 +165,18 @@ class RunConfig(TrainingArguments):
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
         self._check()
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether layers are computed again in the backward."""
+        return bool(getattr(self, "activation_checkpointing", None) or self.gradient_checkpointing)
+
+    @property
+    def checkpointing_options(self) -> dict[str, Any]:
+        """How that is done: the keywords under whichever of its names the running transformers has."""
+        newer: Any = getattr(self, "activation_checkpointing_kwargs", None)
+        older: Any = self.gradient_checkpointing_kwargs
+        return dict(newer or older or {})
 
     # Fields that hold a mapping.
     _mappings: ClassVar[tuple[str, ...]] = ("model_init_kwargs", "peft")
@@ -203,6 +221,17 @@ class RunConfig(TrainingArguments):
                 f"label_smoothing_factor: got {self.label_smoothing_factor}, expected 0: it smooths token "
                 "labels; label_smoothing is the share of flipped pairs"
             )
+        if self.activation_offloading:
+            if not self.checkpoints_activations:
+                raise ValueError(
+                    "activation_offloading: got True, expected gradient_checkpointing: true with it; what goes "
+                    "to the host is what gradient checkpoints keep"
+                )
+            if self.checkpointing_options.get("offload"):
+                raise ValueError(
+                    "gradient_checkpointing_kwargs: got offload beside activation_offloading, which does the "
+                    "same; expected one of them"
+                )
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
                 "train_sampling_strategy: got 'batch_rebalance', whose micro-steps differ in rows between "

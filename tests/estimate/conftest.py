@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import LENGTH, PAIRS
+from tiny_models import LENGTH, PAIRS, llama
+
+from fastpo.estimate import Estimate, EstimateConfig, estimate
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,3 +38,9 @@ def settings(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         }
 
     return make
+
+
+@pytest.fixture
+def estimated(settings: Callable[..., dict[str, Any]]) -> Callable[..., Estimate]:
+    """``estimated(**fields)``: of a run on the tiny Llama."""
+    return lambda **fields: estimate(EstimateConfig(**settings(llama(), **fields)))

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
-import torch
-from tiny_models import LENGTH, PAIRS, llama
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    Qwen3MoeConfig,
-)
+from measured_runs import measured_bytes
+from tiny_models import llama
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Qwen3MoeConfig
 
-from benchmarks.memory import peak_extra_bytes
-from fastpo.demo.model import build_tokenizer
 from fastpo.estimate import EstimateConfig, ledger
 from fastpo.estimate import estimate as estimate_memory
-from fastpo.trainer import PreferenceConfig, PreferenceTrainer
-from fastpo.trainer.launch import model_to_train
 
 SIMPO = {"loss_type": "simpo", "beta": 2.0}
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -62,53 +49,6 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
         SIMPO,
     ),
 }  # fmt: skip
-
-
-def full_pairs(count: int, vocab: int) -> datasets.Dataset:
-    """Answers that fill the sequences but for a token of padding in half of them, so that masks are made."""
-    draw = random.Random(0)
-
-    def ids(length: int) -> list[int]:
-        return [draw.randrange(3, vocab) for _ in range(length)]
-
-    return datasets.Dataset.from_list(
-        [
-            {
-                "prompt_ids": [1],
-                "chosen_ids": [*ids(LENGTH - 2), 2],
-                "rejected_ids": [*ids(LENGTH - 3), 2],
-                "row": k,
-            }
-            for k in range(count)
-        ]
-    )
-
-
-def measured_bytes(settings: dict[str, Any]) -> int:
-    """Weights that are there before training, and the most that training holds beside them."""
-    model_config = AutoConfig.from_pretrained(settings["model_name_or_path"])
-    torch.manual_seed(0)
-    directory = settings["model_name_or_path"]
-    AutoModelForCausalLM.from_config(model_config).save_pretrained(directory)
-    config = PreferenceConfig(**settings)
-    trainer = PreferenceTrainer(
-        model_to_train(config),
-        config,
-        train_dataset=full_pairs(
-            2 * PAIRS * config.gradient_accumulation_steps, model_config.vocab_size
-        ),
-        processing_class=build_tokenizer(),
-    )
-    modules = [trainer.model, trainer.ref_model, trainer.loss_module]
-    tensors = [t for m in modules if m for t in (*m.parameters(), *m.buffers())]
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-
-    def train() -> list[Any]:
-        trainer.train()
-        return []
-
-    gc.collect()  # what an earlier test left would be freed in the middle and count as less
-    return sum(held.values()) + peak_extra_bytes(train)
 
 
 @pytest.mark.parametrize("name", RUNS)

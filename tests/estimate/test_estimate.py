@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,6 @@ from fastpo.estimate.ledger import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARTS, Led
 
 Settings = Callable[..., dict[str, Any]]
 SIMPO = {"loss_type": "simpo", "beta": 2.0}
-
-
-@pytest.fixture
-def estimated(settings: Settings) -> Callable[..., Estimate]:
-    """``estimated(**fields)``: of a run on the tiny Llama."""
-    return lambda **fields: estimate(EstimateConfig(**settings(llama(), **fields)))
 
 
 def weight_bytes() -> int:
@@ -117,23 +112,24 @@ def test_lists_of_temporaries_on_cuda_alone(estimated: Callable[..., Estimate]) 
 
 def test_sharding_over_devices(estimated: Callable[..., Estimate]) -> None:
     one = estimated(gradient_accumulation_steps=2)
-    whole = {name: one.most[name] for name in ("weights", "gradients", "optimizer")}
+    parts = ("weights", "reference model", "gradients", "optimizer")
+    whole = {name: one.most[name] for name in parts}
 
     def shares(sharding: str, devices: int = 4) -> tuple[Estimate, dict[str, float]]:
         run = estimated(gradient_accumulation_steps=2, devices=devices, sharding=sharding)
-        for name in ("activations", "loss layer", "reference model"):
+        for name in ("activations", "loss layer"):
             assert run.most[name] == one.most[name]
         return run, {name: round(run.most[name] / whole[name], 3) for name in whole}
 
     ddp, each = shares("none")
-    assert each == {"weights": 1, "gradients": 1, "optimizer": 1}
+    assert each == dict.fromkeys(parts, 1)
     assert ddp.most["gradient buckets"] == one.most["gradients"]
     assert ddp.total == one.total + one.most["gradients"]
     zero2, each = shares("zero2")
-    assert each == {"weights": 1, "gradients": 0.25, "optimizer": 0.25}
+    assert each == {"weights": 1, "reference model": 1, "gradients": 0.25, "optimizer": 0.25}
     for sharding in ("zero3", "fsdp"):
         run, each = shares(sharding)
-        assert each == {"weights": 0.25, "gradients": 0.25, "optimizer": 0.25}
+        assert each == dict.fromkeys(parts, 0.25)
         # Embeddings, head and the last norm; two of the three layers.
         model = AutoModelForCausalLM.from_config(llama())
         layers = sum(p.nbytes for layer in model.model.layers[:2] for p in layer.parameters())
@@ -157,6 +153,14 @@ def test_dtypes_of_a_sharded_run(estimated: Callable[..., Estimate]) -> None:
     assert per_parameter == {
         "none": [4, 4, 8], "fsdp": [2, 2, 4], "zero2": [2, 1, 6], "zero3": [1, 1, 6],
     }  # fmt: skip
+    # A live reference: whole in the loaded dtype under zero2, else as the policy's weights.
+    live = {
+        sharding: estimated(devices=2, sharding=sharding, bf16=True).most["reference model"]
+        for sharding in runs
+    }
+    assert {name: round(held / count, 1) for name, held in live.items()} == {
+        "none": 4, "fsdp": 2, "zero2": 4, "zero3": 1,
+    }  # fmt: skip
     # Autocast's copies of the weights are there without sharding alone.
     saved = runs["none"].most["activations"] - runs["fsdp"].most["activations"]
     assert saved > 1.5 * count
@@ -170,6 +174,19 @@ def test_longer_and_larger_batches_need_more(estimated: Callable[..., Estimate])
     assert estimated(per_device_train_batch_size=2 * PAIRS, **SIMPO).most["activations"] > (
         1.9 * small.most["activations"]
     )
+
+
+def test_gathered_weights_are_those_of_the_larger_model(settings: Settings, tmp_path: Path) -> None:
+    """Policy and reference take turns."""
+    large = llama(hidden_size=256, num_attention_heads=8)
+    large.save_pretrained(tmp_path / "large")
+    given = settings(llama(), devices=4, sharding="fsdp")
+    small, other = (
+        estimate(EstimateConfig(**given, **more))
+        for more in ({}, {"ref_model_name_or_path": str(tmp_path / "large")})
+    )
+    assert other.most["gathered weights"] > 1.9 * small.most["gathered weights"]
+    assert other.most["weights"] == small.most["weights"]
 
 
 def test_a_missing_gpu_does_not_matter(settings: Settings) -> None:
@@ -190,6 +207,16 @@ def test_a_missing_gpu_does_not_matter(settings: Settings) -> None:
         ({"devices": 0}, "devices: got 0, expected an integer ≥ 1"),
         ({"sharding": "zero1"}, "sharding: got 'zero1', expected one of none, fsdp, zero2, zero3"),
         ({"device_memory": -1.0}, "device_memory: got -1.0"),
+        ({"prompt_length": 0}, "prompt_length: got 0, expected an integer ≥ 1"),
+        ({"prompt_length": 128}, "prompt_length: got 128, expected less than max_length (128)"),
+        (
+            {"tokens_per_batch": 20, "prompt_length": 10},
+            "tokens_per_batch: got 20, expected at least 22 for a pair whose prompt has 10 tokens",
+        ),
+        (
+            {"prefix_sharing": True, "attn_implementation": "flash_attention_2"},
+            "prefix_sharing: got True with attn_implementation 'flash_attention_2'",
+        ),
         ({"max_length": None}, "max_length: got None, expected a number of tokens"),
         ({"optim": "galore_adamw"}, "optim: the memory of 'galore_adamw' is not known here"),
         ({"model_init_kwargs": {"load_in_4bit": True}}, "with quantised weights"),
@@ -198,7 +225,7 @@ def test_a_missing_gpu_does_not_matter(settings: Settings) -> None:
     ],
 )
 def test_refusals(fields: dict[str, Any], message: str, settings: Settings) -> None:
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         estimate(EstimateConfig(**settings(llama(), **fields)))
 
 
@@ -264,7 +291,11 @@ def test_json(command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -
     assert said["notes"] == ["sharded parts are computed from one device's, not measured"]
     assert command("--json", "--prefix_sharing", "--tokens_per_batch", "4096") == 0
     (note,) = json.loads(capsys.readouterr().out)["notes"]
-    assert note.startswith("prefix_sharing, tokens_per_batch: not counted")
+    assert note.startswith("prefix_sharing: counted for pairs without a prompt to share")
+    assert command("--prefix_sharing", "--prompt_length", "100") == 0
+    out = capsys.readouterr().out
+    assert "4 sequences of 128 tokens per device at once, in 2 rows of 156; 1 device" in out
+    assert "prefix_sharing" not in out
     assert command("--json") == 0
     alone = json.loads(capsys.readouterr().out)
     if not torch.cuda.is_available():

@@ -40,6 +40,26 @@ def test_budget_and_one_wide_accumulator_bound_it(
     assert peak_extra_bytes(lambda: eager_step(hidden, weight, labels)) > 2 * bound
 
 
+@pytest.mark.parametrize("stats", [False, True])
+def test_a_tile_goes_before_the_next_one_comes(
+    stats: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exact forward holds one tile of logits, with statistics its exponentials beside it."""
+    inputs = draw(2048, 5003, 16)
+    small_budget(monkeypatch)
+    tile = chunking.plan_tile(2048, 5003, 16, torch.device("cpu"), torch.float32)
+    assert tile.rows < 2048  # there are tiles side by side and one after another
+    assert tile.cols < 5003
+
+    def forward() -> list[torch.Tensor]:
+        with torch.no_grad():
+            found = fastpo.linear_logprobs(*inputs, backward="exact", return_stats=stats)
+        return [found[0] if isinstance(found, tuple) else found]
+
+    held = (2 if stats else 1) * 4 * tile.rows * tile.cols
+    assert held <= peak_extra_bytes(forward) <= held + 100 * 2048
+
+
 def test_flat_in_the_sequence_length(seed: int) -> None:
     """Unlabelled tokens add their share of the gradient and a few bytes of bookkeeping, no more."""
     few, many = draw(512, 5003, 64), draw(512, 5003, 64, tokens=16_384)
