@@ -45,6 +45,7 @@ class EstimateConfig(PreferenceConfig):
         # The device that the run is for need not be here, and TrainingArguments would look for it.
         bf16 = not self.fp16 and not self.use_cpu if self.bf16 is None else self.bf16
         self.bf16 = False
+        self.without_effect = [name for name in ("fsdp", "deepspeed") if getattr(self, name)]
         self.tf32 = self.fsdp = self.fsdp_config = self.deepspeed = None
         super().__post_init__()
         self.bf16 = bf16

@@ -48,7 +48,10 @@ def read_model_config(config: EstimateConfig, field: str) -> PretrainedConfig:
             str(path) if path.exists() else name, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{field}: no configuration could be read from {name}: {error}") from error
+        raise ValueError(
+            f"{field}: no configuration could be read from {name} (a directory with its config.json serves, "
+            f"too): {error}"
+        ) from error
     if quantised or getattr(found, "quantization_config", None):
         raise ValueError(
             f"{field}: {name} is to be loaded with quantised weights, whose memory is not estimated; expected "

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import gc
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch._subclasses.fake_tensor import (
 import fastpo
 from fastpo.head.causal_lm import find_causal_lm
 from fastpo.head.packed_attention import PackedAttention
+from fastpo.kernels import products_torch
 from fastpo.trainer.model import disable_dropout, is_peft_model, router_coefficient
 from fastpo.trainer.noise import NoisePlayer, make_generator
 from fastpo.trainer.reference import base_model
@@ -91,7 +93,7 @@ def simulate(config: EstimateConfig) -> Simulation:
     ledger = Ledger(functools.partial(workspace_bytes, device, micro_step.scored))
     step = _Step(config, ledger, device, micro_step, policy_config, reference_config)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        with _products_of(device), FakeTensorMode(allow_non_fake_inputs=True), ledger:
             step.allocate()
             step.run()
     except (
@@ -116,6 +118,18 @@ def simulate(config: EstimateConfig) -> Simulation:
         next(policy.parameters()).dtype,
         is_peft_model(policy),
     )
+
+
+@contextmanager
+def _products_of(device: torch.device) -> Iterator[None]:
+    """Products as the run's device makes them, not in the many parts of a CPU's library, which take minutes."""
+    of_cpu = products_torch.onednn_is_faster
+    if device.type != "cpu":
+        products_torch.onednn_is_faster = lambda: False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        products_torch.onednn_is_faster = of_cpu  # type: ignore[assignment]
 
 
 class _Step:

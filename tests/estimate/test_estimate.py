@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from fastpo.cli import main
 from fastpo.estimate import Estimate, EstimateConfig, estimate
 from fastpo.estimate.ledger import ACTIVATIONS, GRADIENTS, OPTIMIZER, PARTS, Ledger
+from fastpo.kernels import products_torch
 
 Settings = Callable[..., dict[str, Any]]
 SIMPO = {"loss_type": "simpo", "beta": 2.0}
@@ -196,6 +197,28 @@ def test_a_missing_gpu_does_not_matter(settings: Settings) -> None:
     assert unset.bf16
     assert estimate(unset).total == estimate(told).total
     assert estimate(EstimateConfig(**given, bf16=False)).total != estimate(unset).total
+
+
+def test_a_gpu_run_is_not_taken_apart_as_on_a_cpu(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The penalty on DNPO's noise: a CPU's library makes its products in thousands of parts."""
+    monkeypatch.setattr(products_torch, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products_torch, "_onednn", lambda *_: pytest.fail("made as on a CPU"))
+    given = settings(llama(vocab_size=8000, hidden_size=256), method="dnpo") | {"use_cpu": False}
+    assert estimate(EstimateConfig(**given)).total > 0
+    assert products_torch.onednn_is_faster()
+
+
+def test_how_the_run_is_spread_is_said_here(settings: Settings) -> None:
+    given = settings(llama(), **SIMPO) | {"use_cpu": False}
+    one, told, two = (
+        estimate(EstimateConfig(**given, **more)).notes
+        for more in ({}, {"fsdp": "full_shard"}, {"devices": 2})
+    )
+    assert one == ["for one device; devices and sharding spread the run over several"]
+    assert told[0].startswith("fsdp: without effect here; devices and sharding say")
+    assert two == []
 
 
 # ---- Refusals ----
