@@ -74,6 +74,11 @@ class EstimateConfig(PreferenceConfig):
         super()._check()
         if not (isinstance(self.devices, int) and self.devices >= 1):
             raise ValueError(f"devices: got {self.devices!r}, expected an integer ≥ 1")
+        if self.devices % self.sequence_parallel_size:
+            raise ValueError(
+                f"sequence_parallel_size: got {self.sequence_parallel_size} with {self.devices} devices, "
+                "expected a divisor of them"
+            )
         if self.sharding not in SHARDINGS:
             raise ValueError(
                 f"sharding: got {self.sharding!r}, expected one of {', '.join(SHARDINGS)}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from fastpo.data import PackedCollator, PreferenceCollator
+from fastpo.data.collator import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from .config import EstimateConfig
@@ -22,13 +23,17 @@ class MicroStep(NamedTuple):
         sequences: prompt + answer, twice the pairs.
         length: tokens of a sequence.
         batch: what the collator makes of them.
-        scored: share of the labels in it that are scored.
+        scored: share of ``labels`` that are scored.
+        labels: what one device scores: all of the batch's, or those in the part that has most of them.
+        hidden_index: where in its rows the hidden states are that score them; None: in the labels' places.
     """
 
     sequences: int
     length: int
     batch: dict[str, Tensor]
     scored: float
+    labels: Tensor
+    hidden_index: Tensor | None
 
 
 def holds_masks(config: EstimateConfig) -> bool:
@@ -66,9 +71,29 @@ def largest_micro_step(config: EstimateConfig) -> MicroStep:
         {"prompt_ids": [1] * prompt, "chosen_ids": answer, "rejected_ids": answer, "row": k}
         for k in range(pairs)
     ]
+    size = config.sequence_parallel_size
     if config.packs_rows:
         collator = PackedCollator(
-            0, prefix_sharing=config.prefix_sharing, one_row=not holds_masks(config)
+            0,
+            prefix_sharing=config.prefix_sharing,
+            one_row=not holds_masks(config),
+            pad_to_multiple_of=size,
         )
-        return MicroStep(2 * pairs, length, collator(rows), 1.0)
-    return MicroStep(2 * pairs, length, PreferenceCollator(0)(rows), len(answer) / length)
+        batch = collator(rows)
+        labels, index = batch["completion_labels"], batch["hidden_index"]
+        if size > 1:
+            labels, index = _most_labels(labels, index, batch["input_ids"].shape[1] // size, size)
+        return MicroStep(2 * pairs, length, batch, 1.0, labels, index)
+    batch = PreferenceCollator(0, pad_to_multiple_of=size)(rows)
+    labels = batch["completion_labels"]
+    labels = max(labels.chunk(size, dim=1), key=lambda part: int((part != IGNORE_INDEX).sum()))
+    scored = float((labels != IGNORE_INDEX).float().mean())
+    return MicroStep(2 * pairs, length, batch, scored, labels, None)
+
+
+def _most_labels(labels: Tensor, index: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """(n,) labels and places in its rows, of the rank that has most of those in rows of ``size · count``."""
+    row, at = index // (count * size), index % (count * size)
+    shares = [(labels != IGNORE_INDEX) & (at // count == rank) for rank in range(size)]
+    own = max(shares, key=lambda share: int(share.sum()))
+    return labels[own], (row * count + at % count)[own]

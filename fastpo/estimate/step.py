@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
 import fastpo
 from fastpo.head.causal_lm import find_causal_lm
 from fastpo.head.packed_attention import PackedAttention
+from fastpo.head.sequence_attention import part_of
 from fastpo.kernels import products_torch
 from fastpo.trainer.model import disable_dropout, is_peft_model, router_coefficient
 from fastpo.trainer.noise import NoisePlayer, make_generator
@@ -43,6 +44,7 @@ from .ledger import GRADIENTS, NOISE, OPTIMIZER, REFERENCE, WEIGHTS, Ledger
 from .loss_layer import workspace_bytes
 from .micro_step import MicroStep, holds_masks, largest_micro_step
 from .optimizer import make_optimizer
+from .sequence_part import SequencePart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -193,6 +195,16 @@ class _Step:
                 f"router_aux_loss_coef: got {self.router:g} with packed rows, expected 0: transformers takes "
                 "the load-balancing loss over padded rows"
             )
+        self.part: SequencePart | None = None
+        if config.sequence_parallel_size > 1:
+            if self.router:
+                raise ValueError(
+                    f"router_aux_loss_coef: got {self.router:g} with sequence_parallel_size "
+                    f"{config.sequence_parallel_size}, expected 0: transformers takes the load-balancing loss "
+                    "over whole rows"
+                )
+            models = [self.policy] if self.reference is None else [self.policy, self.reference]
+            self.part = SequencePart(config.sequence_parallel_size, *models)
         enable_checkpointing(self.policy, config, ledger)
         self.policy.train()
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
@@ -209,8 +221,9 @@ class _Step:
         self._optimizer_step()
         gc.collect()  # what is held by cycles alone is no memory of the run
         self.ledger.history.clear()
-        for _ in range(min(2, self.config.gradient_accumulation_steps)):
-            self._micro_step()
+        with nullcontext() if self.part is None else self.part.active():
+            for _ in range(min(2, self.config.gradient_accumulation_steps)):
+                self._micro_step()
         self._optimizer_step()
 
     def _all_parameters(self) -> list[nn.Parameter]:
@@ -232,7 +245,11 @@ class _Step:
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
     def _inputs(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """Keywords of a forward beside the labels, masks included."""
+        """Keywords of a forward beside the labels, masks included; of one rank's part of the tokens."""
+        inputs = self._whole_inputs(model, batch)
+        return inputs if self.part is None else part_of(inputs, 0, self.part.size)
+
+    def _whole_inputs(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
         if not self.config.packs_rows:
             mask = batch["attention_mask"] if holds_masks(self.config) else None
             return {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
@@ -245,14 +262,17 @@ class _Step:
 
     def _micro_step(self) -> None:
         batch = {name: torch.zeros_like(t) for name, t in self.largest.batch.items()}
+        labels = torch.zeros_like(self.largest.labels)
+        index = self.largest.hidden_index
+        where = None if index is None else torch.zeros_like(index)
         reference_loss: Tensor | None = None
         if self.scores_reference:
-            reference_loss = self._score_reference(batch)
+            reference_loss = self._score_reference(batch, labels, where)
         further = {"output_router_logits": True} if self.router else {}
         inputs = self._inputs(self.policy, batch)
         call = functools.partial(self.policy, **inputs, **further)
         with self._autocast():
-            output = self.head.score(call, batch["completion_labels"], batch.get("hidden_index"))
+            output = self.head.score(call, labels, where)
         assert self.head.log_probs is not None
         loss = self.head.log_probs.double().sum()
         if self.router:
@@ -263,16 +283,15 @@ class _Step:
         self.head.hidden = self.head.log_probs = None
         loss.backward()
 
-    def _score_reference(self, batch: dict[str, Tensor]) -> Tensor | None:
+    def _score_reference(
+        self, batch: dict[str, Tensor], labels: Tensor, where: Tensor | None
+    ) -> Tensor | None:
         """Run the reference; under method dnpo the noise's part of the loss."""
         model = self.policy if self.reference is None else self.reference
         without = base_model(self.policy) if self.reference is None else nullcontext()
         call = functools.partial(model, **self._inputs(model, batch))
-        labels = batch["completion_labels"]
         with torch.no_grad(), self._autocast(), without:
-            self.reference_head.score(
-                call, None if self.noise else labels, batch.get("hidden_index")
-            )
+            self.reference_head.score(call, None if self.noise else labels, where)
             if self.noise is None:
                 return None
             return self._score_noise(self.noise, labels)

@@ -51,7 +51,7 @@ class SequenceAttention:
         self.size = dist.get_world_size(group)
         self._rank = dist.get_rank(group)
         self._masks: dict[tuple[str, int | None], tuple[int, Any]] = {}
-        self._implementations = {_implementation(model, self.size) for model in models}
+        self._implementations = {served_attention(model, self.size) for model in models}
         for model in models:
             self._probe(model)
 
@@ -121,14 +121,18 @@ class SequenceAttention:
     def _gather_tokens(self, x: Tensor) -> Tensor:
         """(B, h, t, D) → (B, h/n, n·t, D)."""
         parts = x.unflatten(1, (self.size, -1)).movedim(1, 0)  # to each rank its heads
-        parts = _Exchange.apply(parts.contiguous(), self.group)  # from each rank its tokens
+        parts = self._exchange(parts.contiguous())  # from each rank its tokens
         return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     def _gather_heads(self, x: Tensor) -> Tensor:
         """(B, n·t, h/n, D) → (B, t, h, D)."""
         parts = x.unflatten(1, (self.size, -1)).movedim(1, 0)
-        parts = _Exchange.apply(parts.contiguous(), self.group)
+        parts = self._exchange(parts.contiguous())
         return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    def _exchange(self, parts: Tensor) -> Tensor:
+        """(n, …) → (n, …): part k to rank k of the group, and rank k's part for this one in its place."""
+        return _Exchange.apply(parts, self.group)  # type: ignore[no-any-return]
 
     # ---- Trial ----
 
@@ -179,7 +183,7 @@ class SequenceAttention:
 
 
 class _Exchange(torch.autograd.Function):
-    """(n, …) → (n, …): part k to rank k of the group, and rank k's part for this one in its place."""
+    """The all-to-all, and in the backward the same the other way."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: ProcessGroup) -> Tensor:
@@ -206,7 +210,7 @@ class _Grouped:
         return getattr(self._module, name)
 
 
-def _implementation(model: nn.Module, size: int) -> str:
+def served_attention(model: nn.Module, size: int) -> str:
     """The registered name of a model's attention; ValueError where its heads cannot be spread."""
     core, _ = find_causal_lm(model)
     name = getattr(core.config, "_attn_implementation", None) or "eager"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -37,6 +38,15 @@ def full_pairs(count: int, vocab: int, length: int, prompt: int) -> datasets.Dat
     )
 
 
+def write_weights(directory: str) -> Any:
+    """Beside a configuration, which is returned, the weights of such a model, where they are not there yet."""
+    model_config = AutoConfig.from_pretrained(directory)
+    if not (Path(directory) / "model.safetensors").exists():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(model_config).save_pretrained(directory)
+    return model_config
+
+
 def measured_bytes(
     settings: dict[str, Any], *, pairs: int = PAIRS, length: int = LENGTH, prompt: int = 1
 ) -> int:
@@ -44,10 +54,7 @@ def measured_bytes(
 
     Micro-steps have so many pairs of sequences of so many tokens.
     """
-    model_config = AutoConfig.from_pretrained(settings["model_name_or_path"])
-    torch.manual_seed(0)
-    directory = settings["model_name_or_path"]
-    AutoModelForCausalLM.from_config(model_config).save_pretrained(directory)
+    model_config = write_weights(settings["model_name_or_path"])
     config = PreferenceConfig(**settings)
     trainer = PreferenceTrainer(
         model_to_train(config),
