@@ -18,7 +18,7 @@ from fastpo.estimate import EstimateConfig
 from fastpo.estimate import estimate as estimate_memory
 
 SIMPO = {"loss_type": "simpo", "beta": 2.0}
-MICRO_STEP = {"pairs": 4, "length": 256, "prompt": 60}
+MICRO_STEP = {"pairs": 8, "length": 256, "prompt": 60}
 RUNS: dict[str, dict[str, Any]] = {
     "padded": {**SIMPO, "gradient_accumulation_steps": 2},
     "reference, checkpoints": {"gradient_checkpointing": True},
