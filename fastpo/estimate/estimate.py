@@ -119,8 +119,8 @@ def _notes(config: EstimateConfig, seen: Simulation) -> list[str]:
         notes.append("torch_compile: counted as if not compiled")
     if config.without_effect:
         notes.append(
-            f"{', '.join(config.without_effect)}: without effect here; devices and sharding say how to "
-            "spread it"
+            f"{', '.join(config.without_effect)}: without effect here; devices and sharding say how a run is "
+            "spread"
         )
     elif config.devices == 1 and not config.use_cpu:
         notes.append("for one device; devices and sharding spread the run over several")

@@ -27,7 +27,7 @@ import fastpo
 from fastpo.head.causal_lm import find_causal_lm
 from fastpo.head.packed_attention import PackedAttention
 from fastpo.head.sequence_attention import part_of
-from fastpo.kernels import products_torch
+from fastpo.kernels import chunking, products_torch
 from fastpo.trainer.model import disable_dropout, is_peft_model, router_coefficient
 from fastpo.trainer.noise import NoisePlayer, make_generator
 from fastpo.trainer.reference import base_model
@@ -95,7 +95,7 @@ def simulate(config: EstimateConfig) -> Simulation:
     ledger = Ledger(functools.partial(workspace_bytes, device, micro_step.scored))
     step = _Step(config, ledger, device, micro_step, policy_config, reference_config)
     try:
-        with _products_of(device), FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        with _as_on(device), FakeTensorMode(allow_non_fake_inputs=True), ledger:
             step.allocate()
             step.run()
     except (
@@ -123,15 +123,19 @@ def simulate(config: EstimateConfig) -> Simulation:
 
 
 @contextmanager
-def _products_of(device: torch.device) -> Iterator[None]:
-    """Products as the run's device makes them, not in the many parts of a CPU's library, which take minutes."""
-    of_cpu = products_torch.onednn_is_faster
+def _as_on(device: torch.device) -> Iterator[None]:
+    """Fake tensors are a CPU's: what asks them for the budget of a device or its libraries is told the run's.
+
+    A CPU's library makes a product in many parts, which would take minutes one by one.
+    """
+    before = products_torch.onednn_is_faster, chunking.CPU_BUDGET_BYTES
     if device.type != "cpu":
         products_torch.onednn_is_faster = lambda: False  # type: ignore[assignment]
+        chunking.CPU_BUDGET_BYTES = chunking.budget_bytes(device)
     try:
         yield
     finally:
-        products_torch.onednn_is_faster = of_cpu  # type: ignore[assignment]
+        products_torch.onednn_is_faster, chunking.CPU_BUDGET_BYTES = before  # type: ignore[assignment]
 
 
 class _Step:

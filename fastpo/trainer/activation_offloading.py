@@ -78,7 +78,7 @@ def keep_on_host(tensor: Tensor) -> tuple[torch.device | None, Tensor]:
     """
     if not tensor.requires_grad:
         return None, tensor
-    pinned = tensor.device.type != "cpu"
+    pinned = tensor.device.type not in ("cpu", "mps")  # Apple's GPUs share the host's memory
     host = torch.empty_like(tensor, device="cpu", pin_memory=pinned, requires_grad=False)
     return tensor.device, host.copy_(tensor.detach(), non_blocking=pinned)
 

@@ -60,6 +60,26 @@ def test_a_tile_goes_before_the_next_one_comes(
     assert held <= peak_extra_bytes(forward) <= held + 100 * 2048
 
 
+def test_a_slice_of_sums_goes_before_the_next_one_comes(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A certified backward with noise, gradients in 16 bits: a slice has three eighths of the budget."""
+    hidden, weight, labels = draw(512, 40_009, 32)
+    hidden, weight = (t.detach().bfloat16().requires_grad_() for t in (hidden, weight))
+    noise = (1e-3 * torch.randn(40_009, 32)).bfloat16().requires_grad_()
+    budget = small_budget(monkeypatch)
+    plan = chunking.plan_certified_backward(
+        40_009, 64, 64, torch.device("cpu"), torch.float32, tiles=3
+    )
+    assert plan.slice_cols < 40_009 / 2
+    logps = fastpo.noisy_linear_logprobs(
+        hidden, weight, labels, noise, seed=0, backward="certified"
+    )
+    leaves = (hidden, weight, noise)
+    peak = peak_extra_bytes(lambda: list(torch.autograd.grad(logps.sum(), leaves)))
+    assert budget / 8 < peak < 2 * (3 * budget / 8)
+
+
 def test_flat_in_the_sequence_length(seed: int) -> None:
     """Unlabelled tokens add their share of the gradient and a few bytes of bookkeeping, no more."""
     few, many = draw(512, 5003, 64), draw(512, 5003, 64, tokens=16_384)
