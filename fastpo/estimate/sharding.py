@@ -10,7 +10,8 @@ With N devices and mixed precision in 16 bits ("16"), or without it ("32"):
 | zero3 | as zero2, 1/N | 1/N | as zero2 | weights gathered while they are used |
 
 Gathered are everything outside the layers, and two layers, of which the next is fetched while one is at work.
-Activations, the loss layer, the reference model and a noise generator are whole on every device.
+A reference model is held like the policy's weights. Activations and the loss layer are whole on every device,
+and so is a noise generator here, although its optimizer's state is cut.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .ledger import GRADIENTS, OPTIMIZER, PARTS, WEIGHTS
+from .ledger import GRADIENTS, OPTIMIZER, PARTS, REFERENCE, WEIGHTS
 
 if TYPE_CHECKING:
     from .config import EstimateConfig
@@ -30,8 +31,8 @@ BUCKETS, GATHERED = "gradient buckets", "gathered weights"
 _SHARDED = {
     "none": (),
     "zero2": (GRADIENTS, OPTIMIZER),
-    "zero3": (WEIGHTS, GRADIENTS, OPTIMIZER),
-    "fsdp": (WEIGHTS, GRADIENTS, OPTIMIZER),
+    "zero3": (WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER),
+    "fsdp": (WEIGHTS, REFERENCE, GRADIENTS, OPTIMIZER),
 }
 
 
@@ -68,5 +69,5 @@ def _precision(seen: Simulation, config: EstimateConfig) -> tuple[dict[str, floa
     if config.sharding == "fsdp":
         stored = seen.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         wider = stored.itemsize / seen.dtype.itemsize
-        return dict.fromkeys((WEIGHTS, *trained), wider), 0
+        return dict.fromkeys((WEIGHTS, REFERENCE, *trained), wider), 0
     return ({} if seen.adapted else {OPTIMIZER: 2.0}), 4 * seen.trained

@@ -129,7 +129,7 @@ class _Step:
         if self.scores_reference and (
             not is_peft_model(self.policy) or config.ref_model_name_or_path
         ):
-            self.reference = make_model(config, reference_config)
+            self.reference = make_model(config, reference_config, dtype)
             self.reference.eval().requires_grad_(False)
         self.noise: NoisePlayer | None = None
         self.kept: Tensor | None = None  # what the noise keeps of the last micro-step

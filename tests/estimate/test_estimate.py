@@ -117,23 +117,25 @@ def test_lists_of_temporaries_on_cuda_alone(estimated: Callable[..., Estimate]) 
 
 def test_sharding_over_devices(estimated: Callable[..., Estimate]) -> None:
     one = estimated(gradient_accumulation_steps=2)
-    whole = {name: one.most[name] for name in ("weights", "gradients", "optimizer")}
+    whole = {
+        name: one.most[name] for name in ("weights", "reference model", "gradients", "optimizer")
+    }
 
     def shares(sharding: str, devices: int = 4) -> tuple[Estimate, dict[str, float]]:
         run = estimated(gradient_accumulation_steps=2, devices=devices, sharding=sharding)
-        for name in ("activations", "loss layer", "reference model"):
+        for name in ("activations", "loss layer"):
             assert run.most[name] == one.most[name]
         return run, {name: round(run.most[name] / whole[name], 3) for name in whole}
 
     ddp, each = shares("none")
-    assert each == {"weights": 1, "gradients": 1, "optimizer": 1}
+    assert set(each.values()) == {1}
     assert ddp.most["gradient buckets"] == one.most["gradients"]
     assert ddp.total == one.total + one.most["gradients"]
     zero2, each = shares("zero2")
-    assert each == {"weights": 1, "gradients": 0.25, "optimizer": 0.25}
+    assert each == {"weights": 1, "reference model": 1, "gradients": 0.25, "optimizer": 0.25}
     for sharding in ("zero3", "fsdp"):
         run, each = shares(sharding)
-        assert each == {"weights": 0.25, "gradients": 0.25, "optimizer": 0.25}
+        assert set(each.values()) == {0.25}
         # Embeddings, head and the last norm; two of the three layers.
         model = AutoModelForCausalLM.from_config(llama())
         layers = sum(p.nbytes for layer in model.model.layers[:2] for p in layer.parameters())

@@ -258,6 +258,7 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
             if isinstance(module, FSDPModule)
         ),
         "reference": reference_numbers(trainer.ref_model),
+        "noise": noise_numbers(trainer),
     }
     (notes / f"seen-{rank}.json").write_text(json.dumps(seen))
     flat = {f"{k}.{key}": t for k, step in enumerate(gradients.steps) for key, t in step.items()}
@@ -284,6 +285,15 @@ def reference_numbers(reference: nn.Module | None) -> list[int] | None:
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             held, total = held + local.numel(), total + parameter.numel()
     return [held, total]
+
+
+def noise_numbers(trainer: PreferenceTrainer) -> list[int] | None:
+    """Numbers that this process holds of the state of the noise's optimiser, and those of the generator."""
+    if trainer._noise is None:
+        return None
+    states = trainer._noise.optimizer.state.values()
+    held = sum(value.numel() for state in states for value in state.values() if value.dim())
+    return [held, sum(p.numel() for p in trainer._noise.generator.parameters())]
 
 
 def tiny_models(directory: Path, seed: int = 3) -> None:
