@@ -49,6 +49,20 @@ def is_zero3(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
+def check_wrapping(model: nn.Module, accelerator: Accelerator) -> None:
+    """Raise ValueError where an adapter would be trained and not saved.
+
+    PEFT finds an adapter's weights by the names of the modules, to which accelerate's checkpoint wrappers add a
+    part that the names of the weights do not have.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.activation_checkpointing and hasattr(model, "disable_adapter"):
+        raise ValueError(
+            "fsdp_config: got activation_checkpointing with an adapter, whose weights peft would leave out of "
+            "every checkpoint, expected False; set gradient_checkpointing: true instead"
+        )
+
+
 # ---- Whole weights ----
 
 

@@ -216,6 +216,7 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
     model, reference = loaded or models()
     if spec.get("layout") == "root" and reference is not None and launched:
         fully_shard(reference)
+    pairs = datasets.load_from_disk(str(directory / "train"))
     gradients = Gradients()
     fault = {"no all-reduce": NoAllReduce, "no reduce-scatter": NoReduceScatter}.get(
         spec.get("plant")
@@ -226,7 +227,8 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
     trainer = PreferenceTrainer(
         model,
         config,
-        train_dataset=datasets.load_from_disk(str(directory / "train")),
+        train_dataset=pairs,
+        eval_dataset=pairs.select(range(8)),
         processing_class=AutoTokenizer.from_pretrained(directory / "model"),
         ref_model=reference,
         callbacks=[gradients, *faults],
@@ -247,9 +249,11 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
             (notes / f"refused-{rank}.txt").write_text(str(error))
         return trainer
     trainer.train()
+    evaluation = trainer.evaluate()
     parameter = next(trainer.model.parameters())
     seen = {
         "log": trainer.state.log_history,
+        "eval": evaluation,
         "ranks": config.world_size,
         "parameters": type(parameter).__name__ if not hasattr(parameter, "ds_id") else "ZeRO-3",
         "units": sorted(
