@@ -166,3 +166,13 @@ def test_checkpoint_wrappers_around_adapters_are_refused(model: Any) -> None:
         check_wrapping(adapted, accelerator)
     plugin.activation_checkpointing = False
     check_wrapping(adapted, accelerator)
+
+
+def test_a_policy_that_is_sharded_already_is_not_copied(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastpo.trainer.sharded.is_fsdp", lambda _: True)
+    with pytest.raises(
+        ValueError, match=r"ref_model: got None with a model that is sharded by FSDP2"
+    ):
+        frozen_copy(model)

@@ -251,6 +251,7 @@ def check_layout(name: str, notes: list[dict[str, Any]], world: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_method_in_every_layout(compared: Compared, world: int) -> None:
     runs = {
