@@ -10,8 +10,8 @@ With N devices and mixed precision in 16 bits ("16"), or without it ("32"):
 | zero3 | as zero2, 1/N | 1/N | as zero2 | weights gathered while they are used |
 
 Gathered are everything outside the layers, and two layers, of which the next is fetched while one is at work.
-A live reference is as its policy's weights, but whole in the loaded dtype under zero2. Activations, the loss
-layer and a noise generator are whole on every device.
+A live reference is as its policy's weights, but whole in the loaded dtype under zero2. Activations and the loss
+layer are whole on every device, and so is a noise generator here, although its optimizer's state is cut.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The noise generator's side of a DNPO run: when it plays, what seeds its noise, how it is trained and saved.
 
 The generator has an optimiser of its own, so that nothing that wraps or shards the policy's has to know of it.
-Its gradient is averaged over the ranks here, once per optimiser step.
+Its gradient is averaged over the ranks here, once per optimiser step. Each rank then steps its own share of the
+numbers, of which alone it holds the optimiser's state, and hands them to the others.
 """
 
 from __future__ import annotations
@@ -84,19 +85,25 @@ class NoisePlayer(TrainerCallback):
     """The second player of a run with ``method: dnpo``; as a callback it steps right after the policy.
 
     Args:
-        generator: on its device.
+        generator: on its device, where it stays.
         config: the run's settings.
+        ranks: that train together, of the default process group; each holds the whole generator.
 
     Attributes:
-        optimizer: the generator's: of the class that ``optim`` names where that is one of ``OPTIMIZERS``, else
-            AdamW; without weight decay, which the penalty stands for.
+        optimizer: of this rank's share of the generator: of the class that ``optim`` names where that is one of
+            ``OPTIMIZERS``, all of which treat each number by itself, else AdamW; without weight decay, which
+            the penalty stands for.
         mean_tokens: scored rejected tokens per micro-step of this optimiser step, on average over ranks.
         hidden: the reference's hidden states of the last micro-step's scored rejected tokens.
     """
 
-    def __init__(self, generator: NoiseGenerator, config: PreferenceConfig) -> None:
+    def __init__(self, generator: NoiseGenerator, config: PreferenceConfig, ranks: int = 1) -> None:
         self.generator = generator
         self.config = config
+        self.ranks = ranks
+        self._shares = {
+            name: _Share(parameter, ranks) for name, parameter in generator.named_parameters()
+        }
         self.optimizer = self._make_optimizer()
         self.mean_tokens = torch.ones((), device=config.device)
         self.hidden: Tensor | None = None
@@ -111,7 +118,9 @@ class NoisePlayer(TrainerCallback):
             betas = (config.adam_beta1, config.adam_beta2)
             kind, settings = torch.optim.AdamW, {"betas": betas, "eps": config.adam_epsilon}
         settings = {**settings, "lr": config.noise_learning_rate, "weight_decay": 0.0}
-        optimizer: torch.optim.Optimizer = kind(self.generator.parameters(), **settings)
+        optimizer: torch.optim.Optimizer = kind(
+            [share.own for share in self._shares.values()], **settings
+        )
         return optimizer
 
     # ---- An optimiser step ----
@@ -123,15 +132,15 @@ class NoisePlayer(TrainerCallback):
         steps = self.config.noise_steps
         return "noise" if step % (steps + 1) < steps else "model"
 
-    def count_tokens(self, batches: list[dict[str, Tensor]], ranks: int) -> None:
+    def count_tokens(self, batches: list[dict[str, Tensor]]) -> None:
         """Set :attr:`mean_tokens` from the micro-steps of an optimiser step; all ranks must call."""
         counts = [(b["completion_labels"].chunk(2)[1] != -100).sum() for b in batches]
         total = torch.stack(counts).double().to(self.config.device).mean()
-        if ranks > 1:
+        if self.ranks > 1:
             dist.all_reduce(total)
-        self.mean_tokens = total / ranks
+        self.mean_tokens = total / self.ranks
 
-    def finish_gradient(self, ranks: int) -> float:
+    def finish_gradient(self) -> float:
         """Average the gradient over ranks and clip it by its own norm to ``max_grad_norm``.
 
         Returns:
@@ -143,9 +152,9 @@ class NoisePlayer(TrainerCallback):
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if ranks > 1:
+            if self.ranks > 1:
                 dist.all_reduce(parameter.grad)
-                parameter.grad /= ranks
+                parameter.grad /= self.ranks
         limit = self.config.max_grad_norm
         norm = nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
         return float(norm)
@@ -157,11 +166,16 @@ class NoisePlayer(TrainerCallback):
         share = policy["lr"] / base if base else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.noise_learning_rate * share
+        for share in self._shares.values():
+            share.take_gradient()
         self.optimizer.step()
+        for share in self._shares.values():
+            share.exchange()
         self.forget_gradient()
 
     def forget_gradient(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        self.generator.zero_grad(set_to_none=True)
 
     # ---- σ ----
 
@@ -190,11 +204,14 @@ class NoisePlayer(TrainerCallback):
     # ---- Checkpoints ----
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimiser's tensors, under the names of a checkpoint."""
+        """The optimiser's tensors, under the names of a checkpoint, as if one rank had held them all.
+
+        All ranks must call.
+        """
         return {
-            f"{_OPTIMIZER}{name}.{key}": value
-            for name, parameter in self.generator.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
+            f"{_OPTIMIZER}{name}.{key}": share.whole(value)
+            for name, share in self._shares.items()
+            for key, value in self.optimizer.state[share.own].items()
             if isinstance(value, Tensor)
         }
 
@@ -218,11 +235,67 @@ class NoisePlayer(TrainerCallback):
     def restore_optimizer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Load what :meth:`optimizer_state` gave; the other tensors of the checkpoint are returned."""
         others, states = dict(tensors), {}
-        for index, (name, _) in enumerate(self.generator.named_parameters()):
+        for index, (name, share) in enumerate(self._shares.items()):
             prefix = f"{_OPTIMIZER}{name}."
             mine = [key for key in others if key.startswith(prefix)]
-            states[index] = {key.removeprefix(prefix): others.pop(key) for key in mine}
+            states[index] = {key.removeprefix(prefix): share.part(others.pop(key)) for key in mine}
         whole = self.optimizer.state_dict()
         whole["state"] = {index: state for index, state in states.items() if state}
         self.optimizer.load_state_dict(whole)
         return others
+
+
+class _Share:
+    """One rank's share of a parameter's numbers: a span of them in memory's order, as long as the others'.
+
+    Args:
+        parameter: contiguous.
+        ranks: of the default process group, among which the numbers are dealt out; the last ones may get fewer.
+
+    Attributes:
+        own: what an optimiser is to step: the parameter itself where there is one rank, else a view of it.
+    """
+
+    def __init__(self, parameter: nn.Parameter, ranks: int) -> None:
+        self.parameter = parameter
+        numbers = parameter.numel()
+        step = -(-numbers // ranks)
+        self._spans = [
+            slice(min(rank * step, numbers), min((rank + 1) * step, numbers))
+            for rank in range(ranks)
+        ]
+        self.own = parameter
+        if ranks > 1:
+            self._mine = self._spans[dist.get_rank()]
+            self.own = nn.Parameter(parameter.detach().view(-1)[self._mine])
+
+    def take_gradient(self) -> None:
+        """Give :attr:`own` its part of the parameter's gradient."""
+        if self.own is not self.parameter:
+            gradient = self.parameter.grad
+            self.own.grad = None if gradient is None else gradient.view(-1)[self._mine]
+
+    def exchange(self) -> None:
+        """After a step: hand out :attr:`own` and take what the others have, if there was a gradient."""
+        if self.own is not self.parameter and self.own.grad is not None:
+            self._fill(self.parameter.detach().view(-1))
+
+    def whole(self, state: Tensor) -> Tensor:
+        """A tensor of the optimiser's state; in the parameter's shape where it has a number for each of its."""
+        if self.own is self.parameter or state.shape != self.own.shape:
+            return state
+        flat = state.new_empty(self.parameter.numel())
+        flat[self._mine] = state
+        self._fill(flat)
+        return flat.view_as(self.parameter)
+
+    def part(self, state: Tensor) -> Tensor:
+        """The inverse of :meth:`whole`."""
+        if self.own is self.parameter or state.shape != self.parameter.shape:
+            return state
+        return state.reshape(-1)[self._mine].clone()
+
+    def _fill(self, flat: Tensor) -> None:
+        for rank, span in enumerate(self._spans):
+            if span.start < span.stop:
+                dist.broadcast(flat[span], src=rank)

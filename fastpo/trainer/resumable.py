@@ -34,7 +34,7 @@ from .checkpoint import (
 )
 from .devices import Devices
 from .metrics import LogLastStep, MetricWindow
-from .sharded import is_sharded, whole_state
+from .sharded import check_wrapping, is_sharded, whole_state
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -81,6 +81,7 @@ class ResumableTrainer(Trainer):
         # LogLastStep is the last: any of the others may end the training.
         callbacks = [*([OffloadCallback()] if args.activation_offloading else []), *callbacks]
         super().__init__(model, args, callbacks=[*callbacks, LogLastStep()], **options)
+        check_wrapping(model, self.accelerator)
 
     # ---- What a subclass says ----
 

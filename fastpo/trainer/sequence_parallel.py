@@ -21,6 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fastpo.data.collator import IGNORE_INDEX
 from fastpo.head.sequence_attention import SequenceAttention, part_of
+from fastpo.losses import PreferenceLoss
+from fastpo.margins import DynamicMargin
 from fastpo.ops.linear_logprobs import TokenStats
 
 from .batch_sampler import deal
@@ -89,6 +91,12 @@ class SequenceParallel:
                 yield
         finally:
             self._active = False
+
+    def couple(self, loss: PreferenceLoss) -> None:
+        """Have γ and what else couples pairs taken over the ranks that have other ones: in evaluation all."""
+        loss.group = self.data_group if self._active else dist.group.WORLD
+        if isinstance(loss.margin, DynamicMargin):
+            loss.margin.group = loss.group
 
     def around(self, model: nn.Module) -> Callable[..., Any]:
         """What is called in the place of ``model``, with whole sequences; in training it runs it on a part.

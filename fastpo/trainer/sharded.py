@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,7 +36,7 @@ _INFERENCE = (
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a process holds only parts of a model's weights (FSDP2, ZeRO-3)."""
-    return any(_is_sharded(parameter) for parameter in model.parameters())
+    return is_fsdp(model) or is_zero3(model)
 
 
 def is_fsdp(model: nn.Module) -> bool:
@@ -48,8 +49,18 @@ def is_zero3(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "ds_id") or hasattr(tensor, "full_tensor")
+def check_wrapping(model: nn.Module, accelerator: Accelerator) -> None:
+    """Raise ValueError where an adapter would be trained and not saved.
+
+    PEFT finds an adapter's weights by the names of the modules, to which accelerate's checkpoint wrappers add a
+    part that the names of the weights do not have.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.activation_checkpointing and hasattr(model, "disable_adapter"):
+        raise ValueError(
+            "fsdp_config: got activation_checkpointing with an adapter, whose weights peft would leave out of "
+            "every checkpoint, expected False; set gradient_checkpointing: true instead"
+        )
 
 
 # ---- Whole weights ----
@@ -62,8 +73,10 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]
     with ``keep_vars=True``, without which ZeRO-3's cannot be told from empty ones.
     """
     for name, tensor in sorted(tensors.items()):
-        if hasattr(tensor, "full_tensor"):
-            yield name, tensor.detach().full_tensor()  # type: ignore[attr-defined]
+        if isinstance(tensor, DTensor):
+            # Offloaded parts have to be where the processes communicate.
+            part: Any = tensor.detach().to(tensor.device_mesh.device_type)
+            yield name, part.full_tensor()
         else:
             with _gathered([tensor]):
                 yield name, tensor.detach()
@@ -76,11 +89,10 @@ def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
         model: of whose weights one at a time is whole on the device.
         keep: whether this process wants them; the others get an empty mapping.
     """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if name in trained or not hasattr(model, "disable_adapter")
+        if tensor.requires_grad or not hasattr(model, "disable_adapter")
     }
     state: dict[str, Tensor] = {}
     same: dict[int, str] = {}  # tied weights are saved once

@@ -181,7 +181,7 @@ class PreferenceTrainer(ResumableTrainer):
         self.loss_module.to(args.device)
         self._noise: NoisePlayer | None = None
         if generator is not None:
-            self._noise = NoisePlayer(generator, args)
+            self._noise = NoisePlayer(generator, args, self.accelerator.num_processes)
             self.add_callback(self._noise)
         self._micro_steps: list[_MicroStep] = []
         self._mean_pairs: float | None = None  # pairs per micro-step of the current optimiser step
@@ -275,7 +275,7 @@ class PreferenceTrainer(ResumableTrainer):
         if batches:
             self._mean_pairs = sum(len(batch["rows"]) for batch in batches) / len(batches)
             if self._noise is not None:
-                self._noise.count_tokens(batches, self.accelerator.num_processes)
+                self._noise.count_tokens(batches)
         return batches, items
 
     # ---- Reference ----
@@ -482,6 +482,8 @@ class PreferenceTrainer(ResumableTrainer):
                 **({"output_router_logits": True} if self.router_coefficient else {}),
             )
         self.loss_module.train(model.training)
+        if self._sequence is not None:
+            self._sequence.couple(self.loss_module)
         result = self.loss_module.from_token_logps(
             outputs.log_probs, labels, ref_logps=ref_logps, noisy_reference=noisy, player=player,
             stats=outputs.token_stats,
@@ -550,9 +552,7 @@ class PreferenceTrainer(ResumableTrainer):
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norms = {"the gradient": grad_norm}
         if self._noise is not None:
-            norms["the noise's gradient"] = self._noise.finish_gradient(
-                self.accelerator.num_processes
-            )
+            norms["the noise's gradient"] = self._noise.finish_gradient()
         self._stop_together(self._problem(norms), taken=self.is_deepspeed_enabled)
         for step in self._micro_steps:
             metrics = _metrics(step.output) | {k: float(v) for k, v in step.shares.items()}

@@ -222,6 +222,7 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
     model, reference = loaded or models()
     if spec.get("layout") == "root" and reference is not None and launched:
         fully_shard(reference)
+    pairs = datasets.load_from_disk(str(directory / "train"))
     gradients = Gradients()
     fault = {"no all-reduce": NoAllReduce, "no reduce-scatter": NoReduceScatter}.get(
         spec.get("plant")
@@ -232,7 +233,8 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
     trainer = PreferenceTrainer(
         model,
         config,
-        train_dataset=datasets.load_from_disk(str(directory / "train")),
+        train_dataset=pairs,
+        eval_dataset=pairs.select(range(8)),
         processing_class=AutoTokenizer.from_pretrained(directory / "model"),
         ref_model=reference,
         callbacks=[gradients, *faults],
@@ -253,9 +255,11 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
             (notes / f"refused-{rank}.txt").write_text(str(error))
         return trainer
     trainer.train()
+    evaluation = trainer.evaluate()
     parameter = next(trainer.model.parameters())
     seen = {
         "log": trainer.state.log_history,
+        "eval": evaluation,
         "ranks": config.world_size,
         "parameters": type(parameter).__name__ if not hasattr(parameter, "ds_id") else "ZeRO-3",
         "units": sorted(
@@ -264,6 +268,7 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
             if isinstance(module, FSDPModule)
         ),
         "reference": reference_numbers(trainer.ref_model),
+        "noise": noise_numbers(trainer),
     }
     (notes / f"seen-{rank}.json").write_text(json.dumps(seen))
     flat = {f"{k}.{key}": t for k, step in enumerate(gradients.steps) for key, t in step.items()}
@@ -290,6 +295,15 @@ def reference_numbers(reference: nn.Module | None) -> list[int] | None:
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             held, total = held + local.numel(), total + parameter.numel()
     return [held, total]
+
+
+def noise_numbers(trainer: PreferenceTrainer) -> list[int] | None:
+    """Numbers that this process holds of the state of the noise's optimiser, and those of the generator."""
+    if trainer._noise is None:
+        return None
+    states = trainer._noise.optimizer.state.values()
+    held = sum(value.numel() for state in states for value in state.values() if value.dim())
+    return [held, sum(p.numel() for p in trainer._noise.generator.parameters())]
 
 
 def tiny_models(directory: Path, seed: int = 3) -> None:

@@ -152,9 +152,27 @@ def test_runs_go_on_on_other_numbers_of_processes(runs: Runs) -> None:
 def test_zero_goes_on_and_is_saved_whole(runs: Runs) -> None:
     runs.add_killed("zero", zero(3), QUEUE, ranks=[0, 1])
     runs.add_resumed("zero", zero(3), QUEUE, save=True)
+    runs.add("tied", spec_of(zero(3), {"model": "tied"}, save=True))
     runs.do()
     runs.check("zero")
     runs.check_saved("zero-resumed")
+    runs.check_saved("tied")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", "zero"])
+def test_adapters_are_saved_whole(runs: Runs, parallel: str) -> None:
+    sharding = zero(3)
+    if parallel == "fsdp":
+        sharding = fsdp(state_dict_type="SHARDED_STATE_DICT", cpu_offload=True)
+        sharding["gradient_checkpointing"] = True
+    runs.add("lora", spec_of(sharding, METHODS["lora"], save=True))
+    runs.do()
+    saved = load_file(runs.directory / "lora" / "saved" / "adapter_model.safetensors")
+    trained = load_file(runs.directory / "lora" / "of-2" / "weights-0.safetensors")
+    assert len(saved) == len(trained) > 0
+    for key, tensor in trained.items():
+        assert torch.equal(saved[key.replace(".default.", ".")], tensor), key
 
 
 @pytest.mark.slow
