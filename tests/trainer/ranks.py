@@ -35,6 +35,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # its forks are ended with it
     )
 
 
@@ -50,8 +51,13 @@ def start_ranks(
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> None:
-    """Wait for all of them; what they printed is shown if any has failed."""
-    outputs = [process.communicate()[0] for process in processes]
+    """Wait for all of them; what they printed is shown if any fails. None outlives a test that is stopped."""
+    try:
+        outputs = [process.communicate()[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
 
 
