@@ -255,7 +255,9 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
             (notes / f"refused-{rank}.txt").write_text(str(error))
         return trainer
     trainer.train()
-    parameter = next(trainer.model.parameters())  # before an evaluation leaves some of them gathered
+    parameter = next(
+        trainer.model.parameters()
+    )  # before an evaluation leaves some of them gathered
     evaluation = trainer.evaluate()
     seen = {
         "log": trainer.state.log_history,

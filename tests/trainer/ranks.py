@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -62,10 +64,17 @@ def finish(processes: list[subprocess.Popen[str]]) -> None:
 
 
 def launcher_variables(world: int) -> dict[str, str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def free_port() -> int:
+    """A port that no one listens on, and that no connection is given while the ranks are still importing."""
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(20_000, 32_000)  # below the range of the ports that systems hand out
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def fork_ranks(work: Callable[[], None], world: int) -> list[int]:
