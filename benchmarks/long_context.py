@@ -1,7 +1,7 @@
 """The longest pair that a model can be trained on, and the tokens per second on the way there: fastpo and TRL.
 
     python -m fastpo.benchmarks.long_context           # → results/long_context-<device>.json
-    python -m fastpo.benchmarks.long_context --report  # → the table in docs/long-context.md
+    python -m fastpo.benchmarks.long_context --report --out FILE  # → the table in docs/long-context.md
 
 A Llama of 8B parameters' shape with made-up weights trains with DPO and LoRA, one pair per step, the base
 without its adapter as reference, gradient checkpointing on, half of each sequence its prompt. The length of the

@@ -209,6 +209,7 @@ class _Watch:
                 os.write(2, text.encode())
                 with contextlib.suppress(OSError):
                     tell_launcher(error)
+            self._tell({"left": True})  # the cause is known; this end is no news
             os._exit(1)
 
 

@@ -76,8 +76,8 @@ class EstimateConfig(PreferenceConfig):
             raise ValueError(f"devices: got {self.devices!r}, expected an integer ≥ 1")
         if self.devices % self.sequence_parallel_size:
             raise ValueError(
-                f"sequence_parallel_size: got {self.sequence_parallel_size} with {self.devices} devices, "
-                "expected a divisor of them"
+                f"sequence_parallel_size: got {self.sequence_parallel_size} with devices {self.devices}, "
+                "expected a divisor of them (--devices says how many share the run)"
             )
         if self.sharding not in SHARDINGS:
             raise ValueError(

@@ -27,11 +27,13 @@ def table(config: EstimateConfig, result: Estimate) -> str:
     """What :func:`print_estimate` prints without ``json``."""
     autocast = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
     devices = f"{config.devices} device" + "s" * (config.devices > 1)
+    size = config.sequence_parallel_size
+    readers = "device" if size == 1 else f"{size} devices"
     lines = [
         f"{result.model}: {result.parameters:,} parameters in {result.dtype}, {result.trained:,} trained; "
         f"{autocast} autocast",
-        f"{result.sequences} sequences of {result.sequence_tokens} tokens per device at once{_rows(result)}; "
-        f"{devices}, sharding {config.sharding}",
+        f"{result.sequences} sequences of {result.sequence_tokens} tokens per {readers} at once"
+        f"{_rows(result)}; {devices}, sharding {config.sharding}",
         "",
         f"{'memory per device':<20}{'at most':>12}{'at the peak':>14}",
     ]

@@ -119,7 +119,11 @@ class PackedAttention:
             return seen
 
         if self.implementation == "flex_attention":
-            return create_block_mask(sees, rows, None, length, length, device=str(groups.device))
+            # Compiled, or it would make all length² entries first.
+            device = groups.device
+            return create_block_mask(
+                sees, rows, None, length, length, device=str(device), _compile=device.type == "cuda"
+            )
         at = torch.arange(length, device=groups.device)
         row = torch.arange(rows, device=groups.device)[:, None, None]
         seen = sees(row, row, at[:, None], at)[:, None]

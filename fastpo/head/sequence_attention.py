@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastpo.head.causal_lm import find_causal_lm
-from fastpo.head.packed_attention import EXACT, ROUNDED, small_window
+from fastpo.head.packed_attention import EXACT, FULL, ROUNDED, SLIDING, small_window
 from fastpo.head.tail import evaluating
 
 PROBE_TOKENS = 4  # per rank
@@ -37,13 +37,11 @@ class SequenceAttention:
 
     Args:
         group: ranks over which the tokens of a sequence are spread, equally many on each, in rank order.
-        models: transformers causal LMs, bare or wrapped, the same on all ranks; each is tried here on a few
-            tokens, so construct this before the parameters are sharded.
+        models: transformers causal LMs, bare or wrapped, the same on all ranks.
 
     Raises:
         ValueError: a number of heads that the group cannot share, an attention that is not in transformers'
-            registry (``eager``), or a model that gives its parts other logits than the whole, such as one
-            with recurrent layers.
+            registry (``eager``), or layers that look at the length or the positions of what they are given.
     """
 
     def __init__(self, group: ProcessGroup, *models: nn.Module) -> None:
@@ -52,26 +50,21 @@ class SequenceAttention:
         self._rank = dist.get_rank(group)
         self._masks: dict[tuple[str, int | None], tuple[int, Any]] = {}
         self._implementations = {served_attention(model, self.size) for model in models}
-        for model in models:
-            self._probe(model)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, every attention of the models' kind sees queries, keys and values of this rank's tokens."""
-        own = {
-            name: ALL_ATTENTION_FUNCTIONS._local_mapping.get(name) for name in self._implementations
-        }
+        # The registry's own entries hide the shared ones; those that somebody else made must come back.
+        entries = ALL_ATTENTION_FUNCTIONS._local_mapping
+        before = dict(entries)
         for name in self._implementations:
             inner = ALL_ATTENTION_FUNCTIONS[name]
-            ALL_ATTENTION_FUNCTIONS[name] = partial(self._attend, inner, name)
+            entries[name] = partial(self._attend, inner, name)
         try:
             yield
         finally:
-            for name, before in own.items():
-                if before is None:
-                    del ALL_ATTENTION_FUNCTIONS[name]
-                else:
-                    ALL_ATTENTION_FUNCTIONS[name] = before
+            entries.clear()
+            entries.update(before)
 
     def _attend(
         self,
@@ -136,13 +129,19 @@ class SequenceAttention:
 
     # ---- Trial ----
 
-    def _probe(self, model: nn.Module) -> None:
-        """Compare the logits of parts with those of the whole, on all ranks together."""
+    def try_on(self, model: nn.Module, device: torch.device, *, exact: bool) -> None:
+        """Compare the logits of parts with those of the whole on a few tokens; all ranks must call.
+
+        Args:
+            model: one of those that this was made for, ready to run, sharded or not.
+            device: that it runs on.
+            exact: whether it computes in float32; else rounding explains more.
+
+        Raises:
+            ValueError: on all ranks, if they are not the same, as of a model with recurrent layers.
+        """
         core, _ = find_causal_lm(model)
         name = type(core).__name__
-        device = core.get_input_embeddings().weight.device
-        if not self._same_weights(core, device):
-            return
         length = self.size * PROBE_TOKENS
         vocab = core.config.get_text_config().vocab_size
         ids = (torch.arange(1, 2 * length + 1, device=device) * 7919 % (vocab - 1) + 1).view(2, -1)
@@ -161,25 +160,19 @@ class SequenceAttention:
                 own = own.logits.double().log_softmax(-1)
                 spread = whole.var(dim=-1).mean()
                 difference = ((own - whole).square().mean() / spread).sqrt()
-            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 problem = f"{type(error).__name__}: {error}"
-                difference.fill_(torch.inf)
-        dist.all_reduce(difference, dist.ReduceOp.MAX, group=self.group)
-        worst = difference.item()
-        if not worst <= (EXACT if core.dtype.itemsize >= 4 else ROUNDED):
+        self._masks.clear()
+        # A flag, as the largest of some numbers and a NaN is not the same everywhere.
+        bad = torch.tensor(bool(problem) or not difference.isfinite(), device=device)
+        found = torch.stack([difference.nan_to_num(), bad.double()])
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        worst, failed = found.tolist()
+        if failed or worst > (EXACT if exact else ROUNDED):
             raise ValueError(
                 f"sequence_parallel_size: {name} does not give the parts of a sequence what it gives the whole "
                 f"({problem or f'log-probs differ by {worst:.2g} of their spread'}); expected 1 for this model"
             )
-
-    def _same_weights(self, core: nn.Module, device: torch.device) -> bool:
-        """Whether all ranks hold the weights yet: under FSDP the first may be the only one that does."""
-        sums = [p.detach().double().sum() for p in core.parameters() if not p.is_meta]
-        own = torch.stack([*sums, sums[0]]).sum() if sums else torch.full((), torch.nan)
-        least, most = own.to(device).clone(), own.to(device).clone()
-        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
-        return bool(least == most)
 
 
 class _Exchange(torch.autograd.Function):
@@ -220,6 +213,11 @@ def served_attention(model: nn.Module, size: int) -> str:
             "flex_attention or flash_attention_2"
         )
     config = core.config.get_text_config()
+    looks = _looks_at_lengths(config)
+    if looks:
+        raise ValueError(
+            f"sequence_parallel_size: got {size}, expected 1 for {type(core).__name__}: {looks}"
+        )
     heads = config.num_attention_heads
     shared = getattr(config, "num_key_value_heads", None) or heads
     if heads % size or (shared % size and size % shared):
@@ -228,6 +226,28 @@ def served_attention(model: nn.Module, size: int) -> str:
             f"{type(core).__name__} that divides its {shared} key-value heads or is a multiple of them"
         )
     return str(name)
+
+
+def _looks_at_lengths(config: Any) -> str | None:
+    """What in a model depends on more of a sequence than a part of it shows; None where nothing is known to.
+
+    A trial on a few tokens would not find it: it begins with thousands.
+    """
+    other = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
+    if other:
+        return f"it has layers of the kind {', '.join(sorted(other))}"
+    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    by_layer = rope.values() if isinstance(rope, dict) else ()
+    for each in (rope, *by_layer):
+        kind = each.get("rope_type", each.get("type")) if isinstance(each, dict) else None
+        if kind in ("longrope", "dynamic"):
+            return (
+                f"its rotary embedding ({kind}) depends on the longest position of what it is given"
+            )
+    for name in ("attention_chunk_size", "attn_temperature_tuning", "index_topk"):
+        if getattr(config, name, None):
+            return f"its {name} depends on where a sequence begins"
+    return None
 
 
 def _length(mask: Any) -> int | None:
@@ -245,7 +265,10 @@ def _causal_mask(
         return query >= key if window is None else (query >= key) & (query - key < window)
 
     if name == "flex_attention":
-        return create_block_mask(sees, None, None, length, length, device=str(device))
+        # Compiled, or it would make all length² entries first.
+        return create_block_mask(
+            sees, None, None, length, length, device=str(device), _compile=device.type == "cuda"
+        )
     if window is None or name != "sdpa":  # flash-attn takes the window as a number
         return None
     at = torch.arange(length, device=device)

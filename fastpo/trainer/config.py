@@ -211,6 +211,11 @@ class PreferenceConfig(RunConfig):
                 f"sequence_parallel_size: got {size}, expected 1 with method 'dnpo', whose penalty is taken "
                 "over whole sequences"
             )
+        if size > 1 and self.torch_compile:
+            raise ValueError(
+                f"torch_compile: got True with sequence_parallel_size {size}, expected False: compiled code "
+                "would keep attention as it was when it was compiled"
+            )
         build_loss(self)  # checks what belongs to the loss
         check_noise_settings(self)
         idle = [

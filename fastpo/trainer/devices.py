@@ -29,12 +29,17 @@ class Devices:
         micro_batch: rows of a micro-step over all processes, each once where processes share sequences; None
             where a budget of tokens cuts the batches.
         accumulation: micro-steps of an optimiser step.
+        cut: what a budget of tokens makes of the rows; empty without one, or of a checkpoint from before it
+            was recorded.
+        readers: processes that train on rows of their own; 0: all.
     """
 
     processes: int
     sharding: str
     micro_batch: int | None
     accumulation: int
+    cut: str = ""
+    readers: int = 0
 
     @classmethod
     def of(cls, args: TrainingArguments, accelerator: Accelerator) -> Devices:
@@ -46,9 +51,13 @@ class Devices:
         elif getattr(accelerator.state, "deepspeed_plugin", None) is not None:
             sharding = DEEPSPEED
         budget = getattr(args, "tokens_per_batch", None)
-        shared = sequence_size(args, accelerator)
-        rows = None if budget is not None else args.train_batch_size * processes // shared
-        return cls(processes, sharding, rows, args.gradient_accumulation_steps)
+        readers = processes // sequence_size(args, accelerator)
+        rows = None if budget is not None else args.train_batch_size * readers
+        cut = ""
+        if budget is not None:
+            layouts = [name for name in ("padding_free", "prefix_sharing") if getattr(args, name)]
+            cut = f"tokens_per_batch {budget}, {' and '.join(layouts) or 'padded'}, {readers} in parallel"
+        return cls(processes, sharding, rows, args.gradient_accumulation_steps, cut, readers)
 
     def check_resumption(self, saved: dict[str, Any], source: str) -> None:
         """Raise ValueError unless a run on these devices can go on as if nothing had happened.
@@ -80,6 +89,11 @@ class Devices:
                 f"{found} with tokens_per_batch, whose batches are cut for that number; got "
                 f"{_counted(self.processes)}, expected {before.processes}"
             )
+        if self.cut != before.cut and self.cut and before.cut:
+            raise ValueError(
+                f"{found} with batches of {before.cut}; this run's are of {self.cut}, and would hold other "
+                "rows; resume it with the same settings"
+            )
         if (self.micro_batch, self.accumulation) != (before.micro_batch, before.accumulation):
             raise ValueError(
                 f"{found} in micro-steps of {before.micro_batch} rows on all processes together, "
@@ -94,10 +108,11 @@ class Devices:
             )
 
     def _advice(self, before: Devices) -> str:
-        if before.micro_batch is None or before.micro_batch % self.processes:
+        readers = self.readers or self.processes
+        if before.micro_batch is None or before.micro_batch % readers:
             return f"resume it on {_counted(before.processes)} with the same settings"
         return (
-            f"set per_device_train_batch_size to {before.micro_batch // self.processes} and "
+            f"set per_device_train_batch_size to {before.micro_batch // readers} and "
             f"gradient_accumulation_steps to {before.accumulation}"
         )
 

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from fastpo.atomic_write import write_atomically
 from fastpo.ops.sequence_logprobs import sequence_sums
 
-from .batch_sampler import deal
+from .loaders import deal_to_all
 from .sharded import free_gathered, whole_tensors
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def compute_logps(
     Arguments and errors are those of :func:`with_reference_logps`.
     """
     loader = accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=collator))
-    loader = deal(loader, accelerator.num_processes, accelerator.process_index)
+    loader = deal_to_all(loader, accelerator)
     parts = []
     for batch in tqdm(loader, desc="Reference log-probs", disable=not progress):
         pairs = logps(batch).view(2, -1).T.contiguous()  # (B, 2): gathered and trimmed by pairs

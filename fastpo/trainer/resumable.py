@@ -71,10 +71,18 @@ class ResumableTrainer(Trainer):
                 f"one process sees {args.n_gpu} GPUs and uses only the first; `accelerate launch` uses all"
             )
             args._n_gpu = 1
+        if args.activation_offloading and _launcher_checkpoints():
+            raise ValueError(
+                "activation_offloading: got True where the launch configuration has FSDP checkpoint "
+                "activations, which this does not reach; expected fsdp_activation_checkpointing: false there "
+                "and gradient_checkpointing: true here"
+            )
         if args.gradient_checkpointing and _launcher_checkpoints():
             # Transformers refuses both. A run's settings need not know how it is launched.
             logger.info("gradient_checkpointing is left to FSDP, as the launch configuration says")
-            args.gradient_checkpointing = args.activation_checkpointing = False
+            args.gradient_checkpointing = False
+            if hasattr(args, "activation_checkpointing"):  # its newer name
+                args.activation_checkpointing = False
         self._tokens_trained = 0  # by this rank
         self._window = MetricWindow()
         self._eval_window = MetricWindow()

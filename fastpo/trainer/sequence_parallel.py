@@ -25,7 +25,7 @@ from fastpo.losses import PreferenceLoss
 from fastpo.margins import DynamicMargin
 from fastpo.ops.linear_logprobs import TokenStats
 
-from .batch_sampler import deal
+from .loaders import deal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,7 +37,7 @@ class SequenceParallel:
 
     Args:
         size: ranks that share a sequence.
-        device: kind of the ranks' devices.
+        device: this rank's.
         models: policy and, where one is run, reference; see :class:`SequenceAttention`.
 
     Attributes:
@@ -48,13 +48,15 @@ class SequenceParallel:
         ValueError: the ranks cannot be split up so, or a model cannot.
     """
 
-    def __init__(self, size: int, device: str, *models: nn.Module) -> None:
+    def __init__(self, size: int, device: torch.device, *models: nn.Module) -> None:
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if ranks % size:
             raise ValueError(
                 f"sequence_parallel_size: got {size} with {ranks} processes, expected a divisor of them"
             )
-        mesh = init_device_mesh(device, (ranks // size, size), mesh_dim_names=("data", "sequence"))
+        mesh = init_device_mesh(
+            device.type, (ranks // size, size), mesh_dim_names=("data", "sequence")
+        )
         self.size = size
         self.group: ProcessGroup = mesh.get_group("sequence")
         self.data_group: ProcessGroup = mesh.get_group("data")
@@ -62,6 +64,8 @@ class SequenceParallel:
         self.data_rank = dist.get_rank(self.data_group)
         self.rank = dist.get_rank(self.group)
         self._attention = SequenceAttention(self.group, *models)
+        self._device = device
+        self._tried: set[int] = set()
         self._active = False
 
     @classmethod
@@ -76,11 +80,17 @@ class SequenceParallel:
         size = sequence_size(args, accelerator)
         if size == 1:
             return None
-        return cls(size, args.device.type, *models)
+        return cls(size, args.device, *models)
 
     def deal(self, loader: Any) -> Any:
         """Let a loader of accelerate's give the same batches to all ranks of a group."""
         return deal(loader, self.data_ranks, self.data_rank)
+
+    def try_on(self, model: nn.Module, *, exact: bool) -> None:
+        """Try a model that is ready to run, once; see :meth:`SequenceAttention.try_on`. All ranks must call."""
+        if id(model) not in self._tried:
+            self._tried.add(id(model))
+            self._attention.try_on(model, self._device, exact=exact)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -131,13 +141,13 @@ class SequenceParallel:
             inputs["hidden_index"] % (count * self.size),
         )
         own = (labels != IGNORE_INDEX) & (at // count == self.rank)
-        if not own.any():  # the head runs on all ranks or on none: a place that scores nothing
+        places = own.flatten().nonzero()[:, 0]
+        if not len(places):  # the head runs on all ranks or on none: a place that scores nothing
             nothing = labels.new_full((1,), IGNORE_INDEX)
-            return {**part, "labels": nothing, "hidden_index": torch.zeros_like(nothing)}, numbers[
-                :1, 0
-            ]
-        index = (row * count + at - first)[own]
-        return {**part, "labels": labels[own], "hidden_index": index}, numbers[own]
+            part |= {"labels": nothing, "hidden_index": torch.zeros_like(nothing)}
+            return part, numbers.flatten()[:1]
+        index = (row * count + at - first).flatten()[places]
+        return {**part, "labels": labels.flatten()[places], "hidden_index": index}, places
 
     def _stats(
         self, stats: TokenStats, labels: Tensor, places: Tensor, shape: torch.Size
@@ -177,17 +187,23 @@ def sequence_size(args: TrainingArguments, accelerator: Accelerator) -> int:
             "one size and drops masks"
         )
     if parallelism is not None and parallelism.cp_enabled:
-        if size not in (1, parallelism.cp_size):
+        if size != 1:
             raise ValueError(
                 f"sequence_parallel_size: got {size} with cp_size {parallelism.cp_size} in "
-                "parallelism_config, expected the same or 1"
+                "parallelism_config, expected 1, or no cp_size"
+            )
+        if parallelism.cp_size == accelerator.num_processes:
+            raise ValueError(
+                f"parallelism_config: got cp_size {parallelism.cp_size} on as many processes, whose batches "
+                "accelerate then does not deal out; expected 1 and the field sequence_parallel_size: "
+                f"{parallelism.cp_size}"
             )
         if parallelism.tp_enabled:
             raise ValueError(
                 f"parallelism_config: got cp_size {parallelism.cp_size} and tp_size {parallelism.tp_size}, "
                 "expected one of them"
             )
-        if args.padding_free or args.prefix_sharing:
+        if getattr(args, "padding_free", False) or getattr(args, "prefix_sharing", False):
             raise ValueError(
                 f"parallelism_config: got cp_size {parallelism.cp_size} with packed rows, expected 1 and "
                 f"the field sequence_parallel_size: {parallelism.cp_size}; accelerate takes masks away"

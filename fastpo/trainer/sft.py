@@ -104,6 +104,12 @@ class SFTTrainer(ResumableTrainer):
             callbacks=[*([PlotCallback()] if args.plot_loss else []), *(callbacks or [])],
             optimizers=optimizers,
         )
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                f"parallelism_config: got cp_size {parallelism.cp_size} and sp_size {parallelism.sp_size}, "
+                "expected 1 of both: SFTTrainer does not spread sequences over processes"
+            )
         if use_cache is not None:  # transformers switches it off for good; a saved model generates
             core.config.use_cache = use_cache
         self.model_accepts_loss_kwargs = (

@@ -25,10 +25,10 @@ from fastpo.losses.noisy_reference import NoisyReference
 from fastpo.rank_watch import watch_ranks
 
 from . import reference
-from .batch_sampler import EpochOfSampler, deal, prepared_loader
 from .checkpoint import load_run_state
 from .config import DEFAULT_LOSS_SETTINGS, LOSS_FIELDS, PreferenceConfig, build_loss
 from .layout import Layout, label_positions, sequence_width, token_shares, tokens_read
+from .loaders import EpochOfSampler, deal_to_all, prepared_loader
 from .model import disable_dropout, is_peft_model, router_coefficient
 from .noise import NoisePlayer, make_generator, noise_seed, token_index
 from .noisy_head import NoisyHead
@@ -161,8 +161,7 @@ class PreferenceTrainer(ResumableTrainer):
         self._epoch_of_sampler = EpochOfSampler()
         self.add_callback(self._epoch_of_sampler)
         group = dist.group.WORLD if self.accelerator.num_processes > 1 else None
-        with whole_by_module(*models):
-            self._sequence = SequenceParallel.of(args, self.accelerator, *models)
+        self._sequence = SequenceParallel.of(args, self.accelerator, *models)
         if self._sequence is not None:
             if self.router_coefficient:
                 raise ValueError(
@@ -241,10 +240,7 @@ class PreferenceTrainer(ResumableTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """As transformers'; every process has pairs of its own, also those that share sequences in training."""
-        loader = super().get_eval_dataloader(eval_dataset)
-        if self._sequence is None:
-            return loader
-        return deal(loader, self.accelerator.num_processes, self.accelerator.process_index)
+        return deal_to_all(super().get_eval_dataloader(eval_dataset), self.accelerator)
 
     def get_total_train_batch_size(self, args: PreferenceConfig) -> int:
         """Pairs of an optimiser step, over all processes."""
@@ -453,12 +449,16 @@ class PreferenceTrainer(ResumableTrainer):
         """What is called in the place of a model."""
         return model if self._sequence is None else self._sequence.around(model)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of a micro-step, see ``transformers.Trainer``."""
         if self._sequence is None:
-            return super().training_step(*args, **kwargs)
+            return super().training_step(model, *args, **kwargs)
+        exact = self.accelerator.mixed_precision == "no" and next(model.parameters()).itemsize >= 4
+        with self.accelerator.autocast():
+            for each in filter(None, (model, self.ref_model)):
+                self._sequence.try_on(each, exact=exact)
         with self._sequence.training():
-            return super().training_step(*args, **kwargs)
+            return super().training_step(model, *args, **kwargs)
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: Any) -> Any:
         # Transformers would cut the batch up for torch's ring attention, which knows no pairs.
@@ -560,8 +560,8 @@ class PreferenceTrainer(ResumableTrainer):
                 metrics["noise/grad_norm"] = norms["the noise's gradient"]
                 if self.is_world_process_zero():
                     self._noise.watch(metrics["noise/sigma_peak"], self.state.global_step + 1)
-            self._window.add(metrics, len(step.rows))
             if self._sequence is None or self._sequence.rank == 0:  # the others read the same
+                self._window.add(metrics, len(step.rows))
                 self._tokens_trained += int(step.tokens)
         self._micro_steps = []
         return grad_norm

@@ -20,7 +20,7 @@ from fastpo.estimate import estimate as estimate_memory
 SIMPO = {"loss_type": "simpo", "beta": 2.0}
 MICRO_STEP = {"pairs": 8, "length": 256, "prompt": 60}
 RUNS: dict[str, dict[str, Any]] = {
-    "padded": {**SIMPO, "gradient_accumulation_steps": 2},
+    "padded": SIMPO,
     "reference, checkpoints": {"gradient_checkpointing": True},
     "shared": {**SIMPO, "prefix_sharing": True},
 }
@@ -64,6 +64,6 @@ def test_within_a_tenth(settings: Callable[..., dict[str, Any]], tmp_path: Path)
 
 def test_a_size_that_does_not_divide_the_devices(settings: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(
-        ValueError, match="sequence_parallel_size: got 2 with 3 devices, expected a divisor"
+        ValueError, match="sequence_parallel_size: got 2 with devices 3, expected a divisor of them"
     ):
         EstimateConfig(**settings(llama(), sequence_parallel_size=2), devices=3)

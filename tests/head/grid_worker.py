@@ -157,7 +157,7 @@ def grids(ranks: int) -> dict[str, Grid]:
         return {"vocabulary": Grid(vocab=dist.group.WORLD)}
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     outer, inner = mesh.get_group("outer"), mesh.get_group("inner")
-    parts = SequenceParallel(2, "cpu", tiny())  # the inner dimension
+    parts = SequenceParallel(2, torch.device("cpu"), tiny())  # the inner dimension
     return {
         "vocabulary": Grid(vocab=dist.group.WORLD),
         "data × vocabulary": Grid(data=outer, vocab=inner),

@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
-WINDOW = 5
+WINDOW, CPU = 5, torch.device("cpu")
 FAMILIES: dict[str, Callable[[], Any]] = {
     "Llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)),
     "Qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SMALL)),
@@ -159,11 +159,12 @@ def case(
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
     inputs = batch_of(model, layout, ranks)
-    sequence = SequenceParallel(ranks, "cpu", model)
+    sequence = SequenceParallel(ranks, CPU, model)
     FusedHead(model, return_stats=True, backward=backward).install()
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    sequence.try_on(model, exact=True)
     whole = step(model, model, inputs)
     with planted(fault, dist.get_rank()), sequence.training():
         parts = step(model, sequence.around(model), inputs)
@@ -174,37 +175,44 @@ def case(
 
 def refusals(ranks: int) -> dict[str, str]:
     """Messages of models that cannot be served."""
-    models = {
-        "heads": hf.LlamaForCausalLM(
-            hf.LlamaConfig(
-                **{**SMALL, "hidden_size": 33, "num_attention_heads": 3, "num_key_value_heads": 3}
-            )
-        ),
-        "eager": hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, attn_implementation="eager")),
+    scaled = {"rope_theta": 1e4, "original_max_position_embeddings": 8}
+    longrope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "factor": 32.0,
     }
-    bidirectional = hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL))
-    bidirectional.model.layers[1].self_attn.register_forward_hook(
-        lambda module, args, output: (
-            output[0].cumsum(1),
-            *output[1:],
-        )  # as a recurrent layer would
-    )
-    models["recurrent"] = bidirectional
+    models = {
+        "heads": {"hidden_size": 33, "num_attention_heads": 3, "num_key_value_heads": 3},
+        "eager": {"attn_implementation": "eager"},
+        "longrope": {"rope_parameters": {**longrope, **scaled}},
+        "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, **scaled}},
+        "chunks": {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
+    }  # fmt: skip
     found = {}
-    for name, model in models.items():
+    for name, changes in models.items():
+        config = hf.LlamaConfig(
+            **{**SMALL, **{k: v for k, v in changes.items() if k != "layer_types"}}
+        )
+        model = hf.LlamaForCausalLM(config)
+        if "layer_types" in changes:
+            model.config.layer_types = changes["layer_types"]
         try:
-            SequenceParallel(ranks, "cpu", model)
+            SequenceParallel(ranks, CPU, model)
         except ValueError as error:
             found[name] = str(error)
+    recurrent = hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL))
+    recurrent.model.layers[1].self_attn.register_forward_hook(
+        lambda module, args, output: (output[0].cumsum(1), *output[1:])
+    )
     try:
-        SequenceParallel(ranks + 1, "cpu")
+        SequenceParallel(ranks, CPU, recurrent).try_on(recurrent, exact=True)
+    except ValueError as error:
+        found["recurrent"] = str(error)
+    try:
+        SequenceParallel(ranks + 1, CPU)
     except ValueError as error:
         found["ranks"] = str(error)
-    # Under FSDP with cpu_ram_efficient_loading only the first rank has weights yet: nothing to try.
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL))
-    if dist.get_rank():
-        torch.nn.init.constant_(model.model.layers[0].mlp.up_proj.weight, 0.5)
-    SequenceParallel(ranks, "cpu", model)
     return found
 
 

@@ -55,6 +55,16 @@ def test_other_numbers_of_processes_with_the_same_micro_steps_may_go_on() -> Non
             r"tokens_per_batch, .*got 2 processes, expected 4",
         ),
         (
+            {"micro_batch": None, "cut": "tokens_per_batch 700, padded, 4 in parallel"},
+            {"micro_batch": None, "cut": "tokens_per_batch 700, padded, 2 in parallel"},
+            r"with batches of tokens_per_batch 700, padded, 4 in parallel; this run's are of .* 2 in parallel",
+        ),
+        (
+            {},
+            {"micro_batch": 4, "readers": 2},
+            r"8 rows on all .*set per_device_train_batch_size to 4 and gradient_accumulation_steps to 2",
+        ),
+        (
             {},
             {"processes": 2, "micro_batch": 4},
             r"8 rows on all processes together, 2 to an optimiser step; this run has 4 and 2 on 2 processes.*"
@@ -80,7 +90,7 @@ def test_a_checkpoint_records_its_devices_and_another_batch_is_refused(
     run.train()
     state = load_run_state(tmp_path / "run" / "checkpoint-2")
     assert state.devices == {
-        "processes": 1, "sharding": "whole", "micro_batch": 4, "accumulation": 1,
+        "processes": 1, "sharding": "whole", "micro_batch": 4, "accumulation": 1, "cut": "", "readers": 1,
     }  # fmt: skip
     other = trainer(per_device_train_batch_size=2)
     with pytest.raises(ValueError, match="set per_device_train_batch_size to 4"):

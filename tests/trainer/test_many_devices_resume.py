@@ -21,6 +21,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 QUEUE = {"reference": "reference", "margin": "gamma", "gamma_tau": 0.3,
          "gamma_queue_size": 24, "gamma_sample_size": 8}  # fmt: skip
+SHARED_SEQUENCES = {"sequence_parallel_size": 2, "logging_steps": 3}
 PARTS = fsdp(state_dict_type="SHARDED_STATE_DICT")
 TIMES = ("runtime", "second", "flos")
 
@@ -30,7 +31,8 @@ def spec_of(*parts: dict[str, Any], world: int = 2, **more: Any) -> dict[str, An
     for each in parts:
         chosen |= each
     run = {name: chosen.pop(name) for name in OF_THE_RUN if name in chosen}
-    settings = {"per_device_train_batch_size": PAIRS // world, **SETTINGS, **chosen}
+    readers = world // chosen.get("sequence_parallel_size", 1)
+    settings = {"per_device_train_batch_size": PAIRS // readers, **SETTINGS, **chosen}
     return {**run, **more, "settings": settings}
 
 
@@ -88,7 +90,8 @@ class Runs:
         steps = {int(key.split(".")[0]) for key in gradients}
         assert len(steps) == STEPS - SAVED_AFTER  # it did go on, and did not start again
         lines, expected = self.log(f"{name}-resumed", world), self.log(whole, 2)
-        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        assert [line["step"] for line in lines] == [line["step"] for line in expected]
+        assert expected[-1]["step"] == STEPS
         for line, wanted in zip(lines, expected, strict=True):
             for metric in (
                 "loss",
@@ -125,10 +128,13 @@ def test_killed_runs_go_on(runs: Runs) -> None:
     runs.add_resumed("full", fsdp(), QUEUE, save=True)
     runs.add_killed("parts", PARTS, METHODS["dnpo"], ranks=[1])
     runs.add_resumed("parts", PARTS, METHODS["dnpo"], save=True)
+    runs.add_killed("sequence", QUEUE, SHARED_SEQUENCES, ranks=[1])
+    runs.add_resumed("sequence", QUEUE, SHARED_SEQUENCES)
     runs.do()
     for name in ("full", "parts"):
         runs.check(name)
         runs.check_saved(f"{name}-resumed")
+    runs.check("sequence")
 
 
 @pytest.mark.slow
@@ -143,8 +149,12 @@ def test_runs_go_on_on_other_numbers_of_processes(runs: Runs) -> None:
     runs.add_resumed("ddp-1", {}, QUEUE, world=1)
     runs.add_killed("ddp-4", {}, METHODS["dnpo"], ranks=[1])
     runs.add_resumed("ddp-4", {}, METHODS["dnpo"], world=4)
+    runs.add_killed("sequence-1", QUEUE, SHARED_SEQUENCES, ranks=[0])
+    runs.add_resumed("sequence-1", QUEUE, {"logging_steps": 3}, world=1)
+    runs.add_killed("sequence-4", QUEUE, SHARED_SEQUENCES, ranks=[0])
+    runs.add_resumed("sequence-4", QUEUE, SHARED_SEQUENCES, world=4)
     runs.do()
-    for name in ("full-4", "parts-4", "parts-1", "ddp-1", "ddp-4"):
+    for name in ("full-4", "parts-4", "parts-1", "ddp-1", "ddp-4", "sequence-1", "sequence-4"):
         runs.check(name, world=int(name[-1]), rel=1e-5)
 
 

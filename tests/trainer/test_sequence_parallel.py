@@ -65,6 +65,12 @@ def test_what_cannot_be_served_is_refused(found: tuple[int, dict[str, Any]]) -> 
     start = f"sequence_parallel_size: got {ranks}"
     assert messages["heads"].startswith(f"{start}, expected a divisor of the 3 attention heads")
     assert messages["eager"].startswith(f"{start} with attn_implementation 'eager'")
+    for name, reason in {
+        "longrope": "its rotary embedding (longrope) depends on the longest position",
+        "dynamic": "its rotary embedding (dynamic) depends on the longest position",
+        "chunks": "it has layers of the kind chunked_attention",
+    }.items():
+        assert messages[name].startswith(f"{start}, expected 1 for LlamaForCausalLM: {reason}")
     assert "does not give the parts of a sequence what it gives the whole" in messages["recurrent"]
     assert messages["ranks"] == (
         f"sequence_parallel_size: got {ranks + 1} with {ranks} processes, expected a divisor of them"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
@@ -55,18 +56,25 @@ def prepared_loader(
 def deal(loader: Any, ranks: int, rank: int) -> Any:
     """Let a loader that accelerate prepared give this process the batches of ``rank`` among ``ranks``.
 
-    Accelerate gives all processes batches of their own, or with ``cp_size`` in its parallelism the same ones to
-    those that share sequences. In a single process there is nothing to deal out.
-
     Raises:
         ValueError: a loader whose batches accelerate does not deal out.
     """
     shards = loader.batch_sampler
-    if hasattr(shards, "num_processes"):
-        shards.num_processes, shards.process_index = ranks, rank
-    elif ranks > 1:
+    if not isinstance(shards, BatchSamplerShard):
         raise ValueError(
-            f"train_sampling_strategy: its batches come from a {type(shards).__name__}, expected random or "
-            "sequential where processes share sequences"
+            f"accelerator_config: batches of a {type(loader).__name__} come from a {type(shards).__name__}, "
+            "which cannot deal them out to processes that share sequences; expected dispatch_batches: false "
+            "and train_sampling_strategy random or sequential"
         )
+    shards.num_processes, shards.process_index = ranks, rank
+    if ranks == 1:  # as in a single process, nothing is filled up
+        shards.even_batches = False
     return loader
+
+
+def deal_to_all(loader: Any, accelerator: Accelerator) -> Any:
+    """Let every process have batches of its own, also where accelerate's ``cp_size`` has some share them."""
+    parallelism = accelerator.parallelism_config
+    if parallelism is None or not parallelism.cp_enabled:
+        return loader
+    return deal(loader, accelerator.num_processes, accelerator.process_index)
