@@ -101,6 +101,7 @@ def _run(model: nn.Module, core: PreTrainedModel, head: nn.Module) -> Probe:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.random.fork_rng([device.index] if device.type == "cuda" else []))
         stack.enter_context(evaluating(model))
+        stack.enter_context(_attention_of_a_cpu(core))
         stack.enter_context(_forward_replaced(head, known_head))
         try:
             output = model(**inputs)
@@ -183,6 +184,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def _attention_of_a_cpu(core: PreTrainedModel) -> Iterator[None]:
+    """Plain attention for a model on a CPU that is to use a GPU's, as where FSDP or DeepSpeed will place it."""
+    name = getattr(core.config, "_attn_implementation", None) or ""
+    if core.device.type != "cpu" or not name.startswith("flash"):
+        yield
+        return
+    core.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        core.config._attn_implementation = name
 
 
 @contextmanager

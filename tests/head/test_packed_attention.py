@@ -250,9 +250,7 @@ def test_block_masks_say_the_same_as_dense_ones(
             assert torch.equal(seen, mask[0, 0, q])
 
 
-def test_bounds_of_the_sequences_for_varlen_kernels(
-    rows: list[dict[str, Any]], without_probe: None
-) -> None:
+def test_bounds_of_the_sequences_for_varlen_kernels(rows: list[dict[str, Any]]) -> None:
     model = make("Llama", torch.float32)
     model.config._attn_implementation_internal = "flash_attention_2"
     attention = PackedAttention(model, prefix_sharing=False)

@@ -206,3 +206,18 @@ def test_models_that_cannot_be_probed(build_model, with_tail):
     tuples.forward = lambda *args, **kwargs: forward(*args, **kwargs).to_tuple()
     with pytest.raises(TypeError, match=r"returns a tuple, expected a ModelOutput"):
         FusedHead(tuples)
+
+
+def test_a_model_that_waits_for_its_gpu_is_probed_with_plain_attention(build_model) -> None:
+    """FSDP and DeepSpeed place a model later, and flash-attn does not run on a CPU."""
+    model = build_model("llama")
+    plain = FusedHead(model).tail
+    ids = torch.arange(5)[None]
+    other = build_model("llama")
+    other.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(Exception, match=r"(?i)flash|cuda|cpu|kernels"):
+        other(ids)
+    head = FusedHead(other)
+    assert head.method == "fused"
+    assert head.tail == plain
+    assert other.config._attn_implementation == "flash_attention_2"
