@@ -208,6 +208,11 @@ def sequence_size(args: TrainingArguments, accelerator: Accelerator) -> int:
                 f"parallelism_config: got cp_size {parallelism.cp_size} with packed rows, expected 1 and "
                 f"the field sequence_parallel_size: {parallelism.cp_size}; accelerate takes masks away"
             )
+        if getattr(args, "method", None) == "dnpo":
+            raise ValueError(
+                f"parallelism_config: got cp_size {parallelism.cp_size}, expected 1 with method 'dnpo', whose "
+                "penalty is taken over whole sequences"
+            )
         size = parallelism.cp_size
     return size
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import sequence_ranks_worker
 from fastpo.head.sequence_attention import part_of
 from fastpo.ops.certified import DEFAULT_TOL
 from fastpo.trainer import PreferenceConfig
+from fastpo.trainer.sequence_parallel import sequence_size
 
 ROOT = str(Path(__file__).resolve().parents[2])
 EXACT = 5e-6  # of float32 sums taken in another order
@@ -88,6 +90,49 @@ def test_a_size_that_is_none(size: Any) -> None:
 def test_noise_is_not_taken_in_parts() -> None:
     with pytest.raises(ValueError, match="sequence_parallel_size: got 2, expected 1 with method"):
         PreferenceConfig(sequence_parallel_size=2, method="dnpo", use_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "settings", "message"),
+    [
+        ({"sp_size": 2}, {}, "parallelism_config: got sp_size 2, expected 1 and the field"),
+        (
+            {"cp_size": 2},
+            {"sequence_parallel_size": 2},
+            "sequence_parallel_size: got 2 with cp_size 2",
+        ),
+        ({"cp_size": 4}, {}, "parallelism_config: got cp_size 4 on as many processes"),
+        ({"cp_size": 2, "tp_size": 2}, {}, "parallelism_config: got cp_size 2 and tp_size 2"),
+        (
+            {"cp_size": 2},
+            {"padding_free": True},
+            "parallelism_config: got cp_size 2 with packed rows",
+        ),
+        (
+            {"cp_size": 2},
+            {"prefix_sharing": True},
+            "parallelism_config: got cp_size 2 with packed rows",
+        ),
+        (
+            {"cp_size": 2},
+            {"method": "dnpo"},
+            "parallelism_config: got cp_size 2, expected 1 with method",
+        ),
+    ],
+)
+def test_parallelism_of_accelerate_that_does_not_go_with_pairs(
+    parallelism: dict[str, int], settings: dict[str, Any], message: str
+) -> None:
+    sizes = {"cp_size": 1, "sp_size": 1, "tp_size": 1} | parallelism
+    enabled = {f"{name[:2]}_enabled": size > 1 for name, size in sizes.items()}
+    accelerator: Any = SimpleNamespace(
+        parallelism_config=SimpleNamespace(**sizes, **enabled), num_processes=4
+    )
+    with pytest.raises(ValueError, match=message):
+        sequence_size(PreferenceConfig(use_cpu=True, **settings), accelerator)
+    accelerator.parallelism_config = None
+    asked = settings.get("sequence_parallel_size", 1)
+    assert sequence_size(PreferenceConfig(use_cpu=True, **settings), accelerator) == asked
 
 
 def test_tokens_that_cannot_be_shared_out() -> None:
