@@ -11,7 +11,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -113,3 +117,15 @@ def fork_ranks(work: Callable[[], None], world: int) -> list[int]:
             for other in running:
                 os.kill(other, signal.SIGKILL)
     return codes
+
+
+def gloo_ranks(work: Callable[[], None], world: int) -> int:
+    """Do ``work`` as :func:`fork_ranks`, in a default process group of one thread each; an exit status."""
+
+    def grouped() -> None:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        work()
+        dist.destroy_process_group()
+
+    return int(any(fork_ranks(grouped, world)))

@@ -6,19 +6,17 @@ python sequence_ranks_worker.py RANKS OUT: writes, per case, the largest differe
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers as hf
-from torch.multiprocessing import start_processes
+from ranks import gloo_ranks
 
 from fastpo.data import PackedCollator, PreferenceCollator
 from fastpo.head import FusedHead
@@ -216,12 +214,7 @@ def refusals(ranks: int) -> dict[str, str]:
     return found
 
 
-def main(rank: int, ranks: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
+def main(ranks: int, out: Path) -> None:
     found: dict[str, Any] = {}
     for family in FAMILIES:
         for layout in LAYOUTS if ranks == 2 or family == "Llama" else LAYOUTS[:1]:
@@ -232,17 +225,10 @@ def main(rank: int, ranks: int, store: str, out: str) -> None:
     for fault in FAULTS:
         found[fault] = case("Mistral", "padded", ranks, fault=fault)
     found["refusals"] = refusals(ranks)
-    if rank == 0:
-        Path(out).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    count, folder = int(sys.argv[1]), Path(sys.argv[2])
-    os.environ["OMP_NUM_THREADS"] = "1"
-    start_processes(
-        main,
-        args=(count, str(folder / f"store-{count}"), str(folder / f"found-{count}.json")),
-        nprocs=count,
-        start_method="fork",
-    )
+    count, out = int(sys.argv[1]), Path(sys.argv[2])
+    sys.exit(gloo_ranks(lambda: main(count, out), count))

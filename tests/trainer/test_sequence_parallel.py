@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sequence_ranks_worker
+from ranks import finish, start
 
 from fastpo.head.sequence_attention import part_of
 from fastpo.ops.certified import DEFAULT_TOL
 from fastpo.trainer import PreferenceConfig
 from fastpo.trainer.sequence_parallel import sequence_size
 
-ROOT = str(Path(__file__).resolve().parents[2])
 EXACT = 5e-6  # of float32 sums taken in another order
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
     """The number of ranks, and what ``sequence_ranks_worker`` writes."""
-    ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
-    paths = (ROOT, os.environ.get("PYTHONPATH", ""))
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }  # fmt: skip
-    command = [sys.executable, sequence_ranks_worker.__file__, str(ranks), str(folder)]
-    subprocess.run(command, env=environment, check=True, timeout=240)
-    return ranks, json.loads((folder / f"found-{ranks}.json").read_text())
+    out = tmp_path_factory.mktemp("ranks") / "found.json"
+    finish([start("sequence_ranks_worker.py", str(request.param), out)])
+    return request.param, json.loads(out.read_text())
 
 
 def test_parts_equal_the_whole(found: tuple[int, dict[str, Any]]) -> None:

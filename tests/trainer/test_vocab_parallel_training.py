@@ -6,14 +6,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import finish, start
 
-ROOT = Path(__file__).resolve().parents[2]
 EXACT = 1e-5
 RUNS = {
     2: ["vocabulary"],
@@ -23,14 +20,8 @@ RUNS = {
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_equals_one_process(ranks: int, tmp_path: Path) -> None:
-    paths = (str(ROOT), os.environ.get("PYTHONPATH", ""))
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }  # fmt: skip
-    worker = ROOT / "tests/head/grid_worker.py"
-    command = [sys.executable, str(worker), str(ranks), str(tmp_path)]
-    subprocess.run(command, env=environment, check=True, timeout=240)
-    everyone = json.loads((tmp_path / f"found-{ranks}.json").read_text())
+    finish([start("grid_ranks_worker.py", str(ranks), tmp_path / "found.json")])
+    everyone = json.loads((tmp_path / "found.json").read_text())
     assert len(everyone) == ranks
     for found in everyone:
         for name in RUNS[ranks]:

@@ -1,25 +1,23 @@
 """The ranks of test_vocab_parallel_training.py: a model whose head is spread over some ranks trains on a grid.
 
-python grid_worker.py RANKS OUT. Every rank also trains the whole model on all pairs by itself, and writes how
-far the losses, gradients and weights of the two are apart.
+python grid_ranks_worker.py RANKS OUT. Every rank also trains the whole model on all pairs by itself, and writes
+how far the losses, gradients and weights of the two are apart.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import transformers as hf
+from ranks import gloo_ranks
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
-from torch.multiprocessing import start_processes
 
 import fastpo
 from fastpo.head import FusedHead
@@ -166,12 +164,7 @@ def grids(ranks: int) -> dict[str, Grid]:
     }
 
 
-def main(rank: int, ranks: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
+def main(ranks: int, out: Path) -> None:
     alone = train(Grid())
     found = {}
     for name, grid in grids(ranks).items():
@@ -186,17 +179,10 @@ def main(rank: int, ranks: int, store: str, out: str) -> None:
             found[f"{name}, {fault}" if fault else name] = apart(alone, trained)
     everyone: list[Any] = [None] * ranks
     dist.all_gather_object(everyone, found)
-    if rank == 0:
-        Path(out).write_text(json.dumps(everyone))
-    dist.destroy_process_group()
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(everyone))
 
 
 if __name__ == "__main__":
-    count, folder = int(sys.argv[1]), Path(sys.argv[2])
-    os.environ["OMP_NUM_THREADS"] = "1"
-    start_processes(
-        main,
-        args=(count, str(folder / f"store-{count}"), str(folder / f"found-{count}.json")),
-        nprocs=count,
-        start_method="fork",
-    )
+    count, out = int(sys.argv[1]), Path(sys.argv[2])
+    sys.exit(gloo_ranks(lambda: main(count, out), count))
