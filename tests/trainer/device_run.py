@@ -21,11 +21,12 @@ from typing import Any
 import datasets
 import torch
 from accelerate import ParallelismConfig
+from cpu_sharding import allow_sharding_on_cpu, keep_deepspeed_to_gloo
 from ranks import fork_ranks
 from safetensors.torch import save_file
 from tiny import tiny_llama, tokenized_pairs
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,26 +39,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from fastpo.demo.model import build_tokenizer
 from fastpo.trainer import PreferenceConfig, PreferenceTrainer
 from fastpo.trainer.model import add_adapter
-
-
-def allow_sharding_on_cpu() -> None:
-    """Let accelerate shard over gloo processes: of the CPU it believes that only DDP runs there.
-
-    Runs with ``use_cpu`` are as ever.
-    """
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
-    def set_device(self: Any) -> None:
-        if self.device is None:
-            self.device = torch.device("cpu")
-
-    def prepare_backend(self: Any, cpu: bool = False, *others: Any) -> tuple[str, Any]:
-        return "gloo", DistributedType.MULTI_CPU if cpu else DistributedType.MULTI_GPU
-
-    CPUOffloadPolicy.__init__.__defaults__ = (False,)  # no memory is pinned without a GPU
-    PartialState._prepare_backend = prepare_backend
-    PartialState.set_device = set_device
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -345,6 +326,7 @@ def main(directory: Path) -> None:
     """
     torch.set_num_threads(1)
     allow_sharding_on_cpu()
+    keep_deepspeed_to_gloo()
     for job in json.loads((directory / "jobs.json").read_text()):
 
         def work(job: dict[str, Any] = job) -> None:

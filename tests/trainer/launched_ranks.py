@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from cpu_sharding import allow_sharding_on_cpu, keep_deepspeed_to_gloo
 from forked import run_scenarios
 
 from fastpo.cli import main
@@ -45,17 +44,6 @@ def environment(arguments: Namespace) -> dict[str, str]:
     if arguments.use_deepspeed:
         return prepare_deepspeed_cmd_env(arguments)[1]
     return prepare_multi_gpu_env(arguments)
-
-
-def run_on_cpu() -> None:
-    """Accelerate takes a process without a GPU for one that does not shard."""
-
-    def set_device(state: PartialState) -> None:
-        if state.device is None:
-            state.device = torch.device("cpu")
-
-    PartialState._prepare_backend = lambda *a, **k: ("gloo", DistributedType.MULTI_GPU)
-    PartialState.set_device = set_device
 
 
 def poison(rank: int) -> None:
@@ -89,7 +77,9 @@ def scenario(config: str, ranks: int, words: list[str], poisoned: bool) -> Calla
         os.environ.update(variables)
         os.environ["MASTER_PORT"] = str(arguments.main_process_port)
         torch.set_num_threads(1)
-        run_on_cpu()
+        allow_sharding_on_cpu()
+        if arguments.use_deepspeed:
+            keep_deepspeed_to_gloo()
         if poisoned:
             poison(rank)
         sys.exit(main(words))
