@@ -1,8 +1,8 @@
 """The noise generator's side of a DNPO run: when it plays, what seeds its noise, how it is trained and saved.
 
 The generator has an optimiser of its own, so that nothing that wraps or shards the policy's has to know of it.
-Its gradient is averaged over the ranks here, once per optimiser step. Each rank then steps its own share of the
-numbers, of which alone it holds the optimiser's state, and hands them to the others.
+Of several ranks each holds a part of its parameters, of their gradient and of the optimiser's state: the
+generator is an FSDP2 module of its own, whole while log-probs under noise and their gradient are computed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -21,6 +24,8 @@ from fastpo.head.causal_lm import find_causal_lm, linear_layers
 from fastpo.head.lora import is_plain_lora
 from fastpo.noise import NoiseGenerator
 from fastpo.ops.philox import SEEDS
+
+from .sharded import free_gathered, whole_tensors
 
 if TYPE_CHECKING:
     from .config import PreferenceConfig
@@ -85,14 +90,14 @@ class NoisePlayer(TrainerCallback):
     """The second player of a run with ``method: dnpo``; as a callback it steps right after the policy.
 
     Args:
-        generator: on its device, where it stays.
+        generator: on its device, where it stays, alike on all ranks.
         config: the run's settings.
-        ranks: that train together, of the default process group; each holds the whole generator.
+        ranks: that train together, of the default process group; the generator is cut over them.
 
     Attributes:
-        optimizer: of this rank's share of the generator: of the class that ``optim`` names where that is one of
-            ``OPTIMIZERS``, all of which treat each number by itself, else AdamW; without weight decay, which
-            the penalty stands for.
+        optimizer: of the generator: of the class that ``optim`` names where that is one of ``OPTIMIZERS``, all
+            of which treat each number by itself, else AdamW; without weight decay, which the penalty stands
+            for.
         mean_tokens: scored rejected tokens per micro-step of this optimiser step, on average over ranks.
         hidden: the reference's hidden states of the last micro-step's scored rejected tokens.
     """
@@ -101,9 +106,8 @@ class NoisePlayer(TrainerCallback):
         self.generator = generator
         self.config = config
         self.ranks = ranks
-        self._shares = {
-            name: _Share(parameter, ranks) for name, parameter in generator.named_parameters()
-        }
+        if ranks > 1:
+            _cut(generator, config.device, ranks)
         self.optimizer = self._make_optimizer()
         self.mean_tokens = torch.ones((), device=config.device)
         self.hidden: Tensor | None = None
@@ -118,9 +122,7 @@ class NoisePlayer(TrainerCallback):
             betas = (config.adam_beta1, config.adam_beta2)
             kind, settings = torch.optim.AdamW, {"betas": betas, "eps": config.adam_epsilon}
         settings = {**settings, "lr": config.noise_learning_rate, "weight_decay": 0.0}
-        optimizer: torch.optim.Optimizer = kind(
-            [share.own for share in self._shares.values()], **settings
-        )
+        optimizer: torch.optim.Optimizer = kind(self.generator.parameters(), **settings)
         return optimizer
 
     # ---- An optimiser step ----
@@ -141,7 +143,7 @@ class NoisePlayer(TrainerCallback):
         self.mean_tokens = total / self.ranks
 
     def finish_gradient(self) -> float:
-        """Average the gradient over ranks and clip it by its own norm to ``max_grad_norm``.
+        """Clip the gradient by its own norm, that of all ranks together, to ``max_grad_norm``.
 
         Returns:
             Its norm before clipping; 0 where the generator is frozen.
@@ -149,15 +151,9 @@ class NoisePlayer(TrainerCallback):
         parameters = list(self.generator.parameters())
         if all(p.grad is None for p in parameters):
             return 0.0
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            if self.ranks > 1:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self.ranks
         limit = self.config.max_grad_norm
         norm = nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
-        return float(norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The generator's step, its learning rate scaled as the scheduler has scaled the policy's."""
@@ -166,18 +162,21 @@ class NoisePlayer(TrainerCallback):
         share = policy["lr"] / base if base else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.noise_learning_rate * share
-        for share in self._shares.values():
-            share.take_gradient()
         self.optimizer.step()
-        for share in self._shares.values():
-            share.exchange()
         self.forget_gradient()
 
     def forget_gradient(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
         self.generator.zero_grad(set_to_none=True)
 
     # ---- σ ----
+
+    def sigma_max(self) -> Tensor | None:
+        """:meth:`NoiseGenerator.sigma_max` on :attr:`hidden`, None without; all ranks must call."""
+        if self.hidden is None:
+            return None
+        largest = self.generator.sigma_max(self.hidden)
+        free_gathered(self.generator)
+        return largest
 
     def excess(self, sigma: float) -> str | None:
         """What is wrong with a peak of σ (``noise/sigma_peak``); None if it is below the limit."""
@@ -203,17 +202,19 @@ class NoisePlayer(TrainerCallback):
 
     # ---- Checkpoints ----
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimiser's tensors, under the names of a checkpoint, as if one rank had held them all.
+    def state(self) -> dict[str, Tensor]:
+        """Generator and optimiser under the names of a checkpoint, whole and on the CPU.
 
         All ranks must call.
         """
-        return {
-            f"{_OPTIMIZER}{name}.{key}": share.whole(value)
-            for name, share in self._shares.items()
-            for key, value in self.optimizer.state[share.own].items()
-            if isinstance(value, Tensor)
+        tensors: dict[str, Tensor] = {
+            _GENERATOR + name: parameter for name, parameter in self.generator.named_parameters()
         }
+        for name, parameter in self.generator.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                if isinstance(value, Tensor):
+                    tensors[f"{_OPTIMIZER}{name}.{key}"] = value
+        return {name: tensor.to("cpu", copy=True) for name, tensor in whole_tensors(tensors)}
 
     def check_checkpoint(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Raise ValueError unless a checkpoint's tensors hold a generator like this run's."""
@@ -232,70 +233,37 @@ class NoisePlayer(TrainerCallback):
         except ValueError as error:
             raise ValueError(f"resume_from_checkpoint: {error}") from error
 
-    def restore_optimizer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Load what :meth:`optimizer_state` gave; the other tensors of the checkpoint are returned."""
+    def restore(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Load the optimiser's part of what :meth:`state` gave; returns the rest, for ``load_state_dict``."""
         others, states = dict(tensors), {}
-        for index, (name, share) in enumerate(self._shares.items()):
+        for index, (name, parameter) in enumerate(self.generator.named_parameters()):
+            others[_GENERATOR + name] = _cut_alike(others[_GENERATOR + name], parameter)
             prefix = f"{_OPTIMIZER}{name}."
             mine = [key for key in others if key.startswith(prefix)]
-            states[index] = {key.removeprefix(prefix): share.part(others.pop(key)) for key in mine}
+            states[index] = {
+                key.removeprefix(prefix): _cut_alike(others.pop(key), parameter) for key in mine
+            }
         whole = self.optimizer.state_dict()
         whole["state"] = {index: state for index, state in states.items() if state}
         self.optimizer.load_state_dict(whole)
         return others
 
 
-class _Share:
-    """One rank's share of a parameter's numbers: a span of them in memory's order, as long as the others'.
+def _cut(generator: NoiseGenerator, device: torch.device, ranks: int) -> None:
+    """Spread the generator's parameters over the ranks, each cut along its first dimension."""
+    # Kept whole from its log-probs to its penalty; NoisyHead lets go of them then.
+    fully_shard(
+        generator, mesh=init_device_mesh(device.type, (ranks,)), reshard_after_forward=False
+    )
+    for method in ("penalty_and_peak", "sigma_max"):
+        register_fsdp_forward_method(generator, method)
 
-    Args:
-        parameter: contiguous.
-        ranks: of the default process group, among which the numbers are dealt out; the last ones may get fewer.
 
-    Attributes:
-        own: what an optimiser is to step: the parameter itself where there is one rank, else a view of it.
-    """
-
-    def __init__(self, parameter: nn.Parameter, ranks: int) -> None:
-        self.parameter = parameter
-        numbers = parameter.numel()
-        step = -(-numbers // ranks)
-        self._spans = [
-            slice(min(rank * step, numbers), min((rank + 1) * step, numbers))
-            for rank in range(ranks)
-        ]
-        self.own = parameter
-        if ranks > 1:
-            self._mine = self._spans[dist.get_rank()]
-            self.own = nn.Parameter(parameter.detach().view(-1)[self._mine])
-
-    def take_gradient(self) -> None:
-        """Give :attr:`own` its part of the parameter's gradient."""
-        if self.own is not self.parameter:
-            gradient = self.parameter.grad
-            self.own.grad = None if gradient is None else gradient.view(-1)[self._mine]
-
-    def exchange(self) -> None:
-        """After a step: hand out :attr:`own` and take what the others have, if there was a gradient."""
-        if self.own is not self.parameter and self.own.grad is not None:
-            self._fill(self.parameter.detach().view(-1))
-
-    def whole(self, state: Tensor) -> Tensor:
-        """A tensor of the optimiser's state; in the parameter's shape where it has a number for each of its."""
-        if self.own is self.parameter or state.shape != self.own.shape:
-            return state
-        flat = state.new_empty(self.parameter.numel())
-        flat[self._mine] = state
-        self._fill(flat)
-        return flat.view_as(self.parameter)
-
-    def part(self, state: Tensor) -> Tensor:
-        """The inverse of :meth:`whole`."""
-        if self.own is self.parameter or state.shape != self.parameter.shape:
-            return state
-        return state.reshape(-1)[self._mine].clone()
-
-    def _fill(self, flat: Tensor) -> None:
-        for rank, span in enumerate(self._spans):
-            if span.start < span.stop:
-                dist.broadcast(flat[span], src=rank)
+def _cut_alike(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor of a checkpoint as the parameter is; as it is where it has not its shape (a count of steps)."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    mesh = parameter.device_mesh
+    return distribute_tensor(
+        tensor.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None
+    )

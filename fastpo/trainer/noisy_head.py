@@ -14,7 +14,7 @@ from fastpo.noise import NoiseGenerator
 from fastpo.ops.linear_logprobs import linear_logprobs
 from fastpo.ops.sequence_logprobs import sequence_sums
 
-from .sharded import is_fsdp
+from .sharded import free_gathered, is_fsdp
 
 
 class NoisyHead:
@@ -70,6 +70,7 @@ class NoisyHead:
         self._head_is_freed = is_fsdp(model)
         with torch.no_grad(), self._head:
             model(**inputs)
+        free_gathered(self.generator)
         chosen, noisy = self._result
         del self._result, self._options
         if known is not None:

@@ -229,14 +229,18 @@ class ResumableTrainer(Trainer):
         checkpoint = find_resume_point(Path(self.args.output_dir), resume_from_checkpoint)
         self._tokens_trained = 0
         self._window = MetricWindow()
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        self._check_agreement(checkpoint)
+        state = None if checkpoint is None else self._restore(checkpoint)
+        self._check_agreement(checkpoint, state)
         resume = None if checkpoint is None else str(checkpoint)
         return super().train(resume_from_checkpoint=resume, **kwargs)
 
-    def _check_agreement(self, checkpoint: Path | None = None) -> None:
-        """Raise ValueError on all processes where they are about to run something different."""
+    def _check_agreement(
+        self, checkpoint: Path | None = None, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Raise ValueError on all processes where they are about to run something different.
+
+        ``state``: what ``checkpoint`` holds of ``_state_tensors``.
+        """
         if self.accelerator.num_processes == 1:
             return
         evaluation = self.eval_dataset
@@ -247,11 +251,12 @@ class ResumableTrainer(Trainer):
                 **shared_settings(self.args),
                 **{f"{name} data": rows_digest(rows) for name, rows in named.items() if rows},
                 "resume_from_checkpoint": None if checkpoint is None else checkpoint.name,
-                **state_digest(self._state_tensors()),
+                **state_digest(self._state_tensors() if state is None else state),
             }
         )
 
-    def _restore(self, checkpoint: Path) -> None:
+    def _restore(self, checkpoint: Path) -> Mapping[str, Tensor]:
+        """Take back the state of a checkpoint, of which the tensors are returned as they were saved."""
         state = load_run_state(checkpoint)
         Devices.of(self.args, self.accelerator).check_resumption(state.devices, str(checkpoint))
         before = {**self._default_settings(), **state.settings}
@@ -269,6 +274,7 @@ class ResumableTrainer(Trainer):
         if self.is_world_process_zero():  # sums over all ranks; the others start from nothing
             self._tokens_trained = state.num_tokens
             self._window = MetricWindow(state.window)
+        return state.tensors
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Overwriting what a killed run left behind: until it is complete again it must not look so.

@@ -482,8 +482,8 @@ class PreferenceTrainer(ReferencedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a line of training gets the metrics since the last one."""
-        if "loss" in logs and self._noise is not None and self._noise.hidden is not None:
-            largest = self._noise.generator.sigma_max(self._noise.hidden)
+        largest = self._noise.sigma_max() if "loss" in logs and self._noise is not None else None
+        if largest is not None:
             self._window.add({"noise/sigma_max": largest.item()}, 1)
         super().log(logs, start_time)
 
@@ -504,18 +504,19 @@ class PreferenceTrainer(ReferencedTrainer):
         return DEFAULT_LOSS_SETTINGS
 
     def _state_tensors(self) -> dict[str, Tensor]:
-        optimizer = {} if self._noise is None else self._noise.optimizer_state()
-        return {**self.loss_module.state_dict(), **optimizer}
+        if self._noise is None:
+            return self.loss_module.state_dict()
+        return {**self.loss_module.state_dict(), **self._noise.state()}
 
     def _restore_tensors(self, tensors: dict[str, Tensor], checkpoint: Path) -> None:
         if self._noise is not None:
-            tensors = self._noise.restore_optimizer(tensors)
+            tensors = self._noise.restore(tensors)
         self.loss_module.load_state_dict(tensors)
 
-    def _restore(self, checkpoint: Path) -> None:
+    def _restore(self, checkpoint: Path) -> Mapping[str, Tensor]:
         if self._noise is not None:  # before the settings, which say less
             self._noise.check_checkpoint(load_run_state(checkpoint).tensors, str(checkpoint))
-        super()._restore(checkpoint)
+        return super()._restore(checkpoint)
 
 
 def _metrics(output: PreferenceOutput) -> dict[str, float]:

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from tiny import tiny_llama, tokenized_pairs
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -256,7 +257,7 @@ def run(directory: Path, name: str, spec: dict[str, Any], world: int) -> Prefere
     (notes / f"seen-{rank}.json").write_text(json.dumps(seen))
     flat = {f"{k}.{key}": t for k, step in enumerate(gradients.steps) for key, t in step.items()}
     weights = whole_weights(trainer.model)
-    state = {k: v.contiguous() for k, v in trainer.loss_module.state_dict().items()}
+    state = {k: v.contiguous() for k, v in trainer._state_tensors().items()}
     save_file(flat, notes / f"gradients-{rank}.safetensors")
     save_file(weights, notes / f"weights-{rank}.safetensors")
     save_file(state, notes / f"loss-{rank}.safetensors")
@@ -281,12 +282,14 @@ def reference_numbers(reference: nn.Module | None) -> list[int] | None:
 
 
 def noise_numbers(trainer: PreferenceTrainer) -> list[int] | None:
-    """Numbers that this process holds of the state of the noise's optimiser, and those of the generator."""
+    """Numbers of the noise's generator and of its optimiser that this process holds at rest, and the whole."""
     if trainer._noise is None:
         return None
-    states = trainer._noise.optimizer.state.values()
-    held = sum(value.numel() for state in states for value in state.values() if value.dim())
-    return [held, sum(p.numel() for p in trainer._noise.generator.parameters())]
+    tensors = list(trainer._noise.generator.parameters())
+    for state in trainer._noise.optimizer.state.values():
+        tensors += [value for value in state.values() if value.dim()]
+    held = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return [sum(t.numel() for t in each) for each in (held, tensors)]
 
 
 def tiny_models(directory: Path, seed: int = 3) -> None:

@@ -58,7 +58,7 @@ def main(directory: Path) -> None:
         (output / f"seen-{rank}.json").write_text(json.dumps(seen))
         weights = {k: v.contiguous() for k, v in trainer.model.state_dict().items()}
         save_file(weights, output / f"weights-{rank}.safetensors")
-        state = {k: v.contiguous() for k, v in trainer.loss_module.state_dict().items()}
+        state = {k: v.contiguous() for k, v in trainer._state_tensors().items()}
         save_file(state, output / f"loss-{rank}.safetensors")
 
 

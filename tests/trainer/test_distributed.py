@@ -136,8 +136,8 @@ def test_two_ranks_equal_one_process(
                     weights[key], tensor, rtol=0, atol=2e-6, msg=f"{name} {key}"
                 )
             state = load_file(tmp_path / name / f"loss-{rank}.safetensors")
-            assert state.keys() == one.loss_module.state_dict().keys()
-            for key, tensor in one.loss_module.state_dict().items():
+            assert state.keys() == one._state_tensors().keys()
+            for key, tensor in one._state_tensors().items():
                 torch.testing.assert_close(
                     state[key], tensor, rtol=1e-5, atol=1e-5, msg=f"{name} {key}"
                 )

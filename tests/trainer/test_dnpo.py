@@ -507,7 +507,7 @@ def test_interrupted_run_repeats_the_uninterrupted_one_to_the_last_bit(
     assert resumed.state.global_step == 10
     assert_equal_state(resumed.model.state_dict(), whole.model.state_dict())
     assert_equal_state(resumed.loss_module.state_dict(), whole.loss_module.state_dict())
-    assert_equal_state(resumed._noise.optimizer_state(), whole._noise.optimizer_state())
+    assert_equal_state(resumed._noise.state(), whole._noise.state())
     kept = ("loss", "loss/noise", "noise/sigma_max", "noise/margin_shift", "noise/grad_norm")
     for name in kept:
         assert logged(resumed, name) == logged(whole, name), name

@@ -255,10 +255,10 @@ def check_layout(name: str, notes: list[dict[str, Any]], world: int) -> None:
     assert ("root" in units) == (expected == "DTensor")
     heads = [unit for unit in units if "lm_head" in unit]
     assert bool(heads) == (parallel in ("tail", "head", "offload", "context"))
-    if "dnpo" in method:  # the two moments of AdamW
-        held, numbers = zip(*(seen["noise"] for seen in notes), strict=True)
-        assert sum(held) == 2 * numbers[0]
-        assert max(held) < 1.1 * 2 * numbers[0] / world
+    if "dnpo" in method:  # the generator and the two moments of AdamW
+        held, whole = zip(*(seen["noise"] for seen in notes), strict=True)
+        assert sum(held) == whole[0]
+        assert max(held) < 1.1 * whole[0] / world
     if "lora" in method or "precomputed" in method:
         assert all(seen["reference"] is None for seen in notes)
         return
