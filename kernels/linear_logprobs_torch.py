@@ -192,7 +192,8 @@ def backward(
                     h = row_block(hidden, rows, r, dtype)
                     add_tile(r, v, h, w, b, None if dh_all is None else dh_all[r], dw)
                 if d_weight is not None and dw is not None and dw.dtype != d_weight.dtype:
-                    d_weight[v] = dw.to(d_weight.dtype)
+                    d_weight[v].copy_(dw)
+                del w, b, dw  # before the next slice's are made
             if d_hidden is not None and dh_all is not None and dh_all is not d_hidden:
                 write_rows(d_hidden, rows, slice(0, n), dh_all)
         else:
@@ -207,8 +208,10 @@ def backward(
                 for v in spans(vocab, tile.cols):
                     w, b = vocabulary_slice(weight, bias, v, dtype)
                     add_tile(r, v, h, w, b, dh, None if dw_all is None else dw_all[v])
+                    del w, b
                 if d_hidden is not None and dh is not None:
                     write_rows(d_hidden, rows, r, dh)
+                del h, dh
             if d_weight is not None and dw_all is not None and dw_all is not d_weight:
                 d_weight.copy_(dw_all)
 

@@ -32,7 +32,7 @@ def report() -> bool:
     """Print the report; return whether every backend that works here agrees with float64."""
     print(f"fastpo {fastpo.__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in REQUIRED:
-        _line(name, version(name))
+        _line(name, torch.__version__ if name == "torch" else version(name))  # with its build
 
     print("\nDevices")
     _line("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for PyTorch")

@@ -11,7 +11,8 @@ With N devices and mixed precision in 16 bits ("16"), or without it ("32"):
 
 Gathered are everything outside the layers, and two layers, of which the next is fetched while one is at work.
 A live reference is as its policy's weights, but whole in the loaded dtype under zero2. Activations and the loss
-layer are whole on every device, and so is a noise generator here, although its optimizer's state is cut.
+layer are whole on every device. Of a noise generator a device has 1/N of everything, whatever the sharding, its
+whole parameters while they are used, and its whole gradient once more to hand it out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .ledger import GRADIENTS, OPTIMIZER, PARTS, REFERENCE, WEIGHTS
+from .ledger import GRADIENTS, NOISE, OPTIMIZER, PARTS, REFERENCE, WEIGHTS
 
 if TYPE_CHECKING:
     from .config import EstimateConfig
@@ -46,10 +47,12 @@ def on_one_device(seen: Simulation, config: EstimateConfig) -> tuple[np.ndarray,
     """
     factors, copies = _precision(seen, config)
     if config.devices > 1:
-        for part in _SHARDED[config.sharding]:
+        for part in (NOISE, *_SHARDED[config.sharding]):
             factors[part] = factors.get(part, 1.0) / config.devices
     own = np.ceil(seen.timeline * [factors.get(part, 1.0) for part in PARTS]).astype(np.int64)
     own[:, PARTS.index(OPTIMIZER)] += copies // config.devices
+    if config.devices > 1:
+        own[:, PARTS.index(NOISE)] += 2 * seen.generator
     added, name = 0, GATHERED
     if config.devices > 1 and config.sharding == "none":
         added, name = int(seen.timeline[:, PARTS.index(GRADIENTS)].max()), BUCKETS

@@ -59,6 +59,7 @@ class Simulation(NamedTuple):
         timeline: (moments, parts) int64, bytes alive per part of ``ledger.PARTS``.
         units: bytes of what a sharded policy gathers at once: (largest block of layers, everything else).
         reference_units: the same of a live reference, (0, 0) without one.
+        generator: bytes of a noise generator's parameters, 0 without one.
         micro_step: what ran.
         plain_head: whether the head is a linear layer, or plain LoRA on one.
         parameters, trained: of the policy, how many numbers.
@@ -70,6 +71,7 @@ class Simulation(NamedTuple):
     timeline: np.ndarray
     units: tuple[int, int]
     reference_units: tuple[int, int]
+    generator: int
     micro_step: MicroStep
     plain_head: bool
     parameters: int
@@ -112,6 +114,7 @@ def simulate(config: EstimateConfig) -> Simulation:
         ledger.timeline(),
         _units(policy),
         (0, 0) if step.reference is None else _units(step.reference),
+        sum(p.nbytes for p in step._generator()),
         micro_step,
         step.head.is_plain,
         sum(p.numel() for p in policy.parameters()),
@@ -212,10 +215,11 @@ class _Step:
         enable_checkpointing(self.policy, config, ledger)
         self.policy.train()
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
-        for parameter in self.trained:
-            parameter.register_post_accumulate_grad_hook(
-                lambda p: self.ledger.move(p.grad, GRADIENTS)
-            )
+        for part, parameters in ((GRADIENTS, self.trained), (NOISE, self._generator())):
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p, part=part: self.ledger.move(p.grad, part)
+                )
         self.update = make_optimizer(config, self.trained, self.device.type == "cuda")
 
     def run(self) -> None:
@@ -230,9 +234,11 @@ class _Step:
                 self._micro_step()
         self._optimizer_step()
 
+    def _generator(self) -> list[nn.Parameter]:
+        return [] if self.noise is None else list(self.noise.generator.parameters())
+
     def _all_parameters(self) -> list[nn.Parameter]:
-        generator = [] if self.noise is None else list(self.noise.generator.parameters())
-        return [*self.trained, *generator]
+        return [*self.trained, *self._generator()]
 
     def _optimizer_step(self) -> None:
         with self.ledger.charging(OPTIMIZER):

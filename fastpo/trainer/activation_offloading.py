@@ -74,9 +74,9 @@ def keep_on_host(tensor: Tensor) -> tuple[torch.device | None, Tensor]:
     """The device of a hidden state and a copy of it on the host, in pinned memory for an accelerator's.
 
     Masks and positions, which some models pass on to every layer, have no gradient and stay: each is there
-    once for all layers.
+    once for all layers. So does the empty tensor by which PyTorch's checkpoints note that they are due.
     """
-    if not tensor.requires_grad:
+    if not tensor.requires_grad or not tensor.numel():
         return None, tensor
     pinned = tensor.device.type not in ("cpu", "mps")  # Apple's GPUs share the host's memory
     host = torch.empty_like(tensor, device="cpu", pin_memory=pinned, requires_grad=False)

@@ -112,9 +112,8 @@ class SFTTrainer(ResumableTrainer):
             )
         if use_cache is not None:  # transformers switches it off for good; a saved model generates
             core.config.use_cache = use_cache
-        self.model_accepts_loss_kwargs = (
-            True  # what loss_is_scaled_for_ga says, before transformers 5.19
-        )
+        # What loss_is_scaled_for_ga says, before transformers 5.19: with the count of get_batch_samples.
+        self.model_accepts_loss_kwargs = True
         with whole_by_module(self.model):
             FusedHead(
                 self.model,
@@ -155,7 +154,7 @@ class SFTTrainer(ResumableTrainer):
         if batches:
             counts = [(batch["completion_labels"] != -100).sum() for batch in batches]
             total = torch.stack(counts).sum().to(device)
-            self._step_tokens = int(self.accelerator.gather(total).sum())
+            self._step_tokens = items = int(self.accelerator.gather(total).sum())
         return batches, items
 
     def compute_loss(

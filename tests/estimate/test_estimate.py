@@ -140,6 +140,22 @@ def test_sharding_over_devices(estimated: Callable[..., Estimate]) -> None:
     assert shares("fsdp", devices=1)[0].total == one.total
 
 
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_the_noise_is_cut_over_all_devices(
+    sharding: str, estimated: Callable[..., Estimate]
+) -> None:
+    noise = {"method": "dnpo", "optim": "adamw_torch", "gradient_accumulation_steps": 2}
+    one, four = (
+        estimated(devices=devices, sharding=sharding, **noise).most["noise generator"]
+        for devices in (1, 4)
+    )
+    weight, bias = 4 * 2000 * 128, 4 * 2000
+    generator = weight + bias
+    # Its gradient, two moments, and what AdamW makes of the largest parameter in a step.
+    assert one == pytest.approx(4 * generator + 2 * weight, rel=0.01)
+    assert four == pytest.approx(one / 4 + 2 * generator, rel=0.01)
+
+
 def test_dtypes_of_a_sharded_run(estimated: Callable[..., Estimate]) -> None:
     """Layers see weights in 16 bits; FSDP keeps them in float32, DeepSpeed a float32 copy in its optimizer."""
     runs = {

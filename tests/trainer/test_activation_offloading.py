@@ -109,13 +109,12 @@ def test_nothing_of_it_stays_on_the_device(
     kept: list[Tensor] = []
 
     def to_host(tensor: Tensor) -> Any:
-        if not tensor.requires_grad:
-            return None, tensor
-        place = len(gone)
-        gone.append(False)
-        weakref.finalize(tensor.untyped_storage(), gone.__setitem__, place, True)
         device, host = keep_on_host(tensor)
-        kept.append(host)
+        if device is not None:
+            place = len(gone)
+            gone.append(False)
+            weakref.finalize(tensor.untyped_storage(), gone.__setitem__, place, True)
+            kept.append(host)
         return device, host
 
     offload_activations(model, to_host=to_host)

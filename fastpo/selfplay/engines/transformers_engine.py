@@ -118,7 +118,7 @@ class TransformersEngine:
             )
             device = self.device
             if device is None:
-                accelerator = torch.accelerator.current_accelerator()
+                accelerator = torch.accelerator.current_accelerator(check_available=True)
                 device = "cpu" if accelerator is None else accelerator.type
             self._ends = _end_tokens(model, self.tokenizer)
             model.generation_config = GenerationConfig()  # what a call leaves open comes from here

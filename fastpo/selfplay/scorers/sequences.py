@@ -32,7 +32,7 @@ def pick_device(device: str | None) -> str:
     """``device``, or an accelerator if there is one."""
     if device is not None:
         return device
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else accelerator.type
 
 
